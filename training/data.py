@@ -1,0 +1,204 @@
+"""Training batches from shards of generated scenes and folders of real depth pictures.
+
+A batch is a pure function of (seed, step, task, size) and of the shards on disk, so a resumed run sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from saccade.tasks import AmodalCoding, DepthCoding, FlowCoding
+
+Fields = dict[str, np.ndarray]
+PLANES = 4
+
+
+@dataclass(frozen=True)
+class Batch:
+    """image, prompt [B, 3, H, W] and target [B, 4, H, W] float32 in about [-1, 1]; weight [B, H/8, W/8] in {0, 1}, zero
+    where the truth is unknown."""
+
+    image: NDArray[np.float32]
+    prompt: NDArray[np.float32]
+    target: NDArray[np.float32]
+    weight: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row of a batch."""
+
+    image: np.ndarray
+    prompt: np.ndarray
+    target: np.ndarray
+    known: np.ndarray
+
+
+class Scenes:
+    """`folder` holds shards written by `training.scenes.make`; `real` are folders of NAME.jpg + NAME_depth_mm.png."""
+
+    def __init__(self, folder: Path, real: tuple[Path, ...] = (), real_share: float = 0.0, seed: int = 0) -> None:
+        self.solid = sorted(folder.glob("solid-*"))
+        self.layered = sorted(folder.glob("layered-*"))
+        if not self.solid or not self.layered:
+            raise FileNotFoundError(f"{folder} needs shards of both kinds: run python -m training.scenes.make")
+        self.real = [p for root in real for p in sorted(root.glob("*_depth_mm.png"))]
+        self.real_share = real_share if self.real else 0.0
+        self.seed = seed
+
+    def batch(self, step: int, task: str, count: int, size: tuple[int, int]) -> Batch:
+        """`count` samples of `task` at (H, W)."""
+        rng = np.random.default_rng([self.seed, step, ("depth", "flow", "amodal").index(task)])
+        draw = {"depth": self.depth, "flow": self.flow, "amodal": self.amodal}[task]
+        rows = [draw(rng, size) for _ in range(count)]
+        known = np.stack([r.known for r in rows])[:, None].astype(np.float32)
+        share = known.reshape(count, size[0] // 8, 8, size[1] // 8, 8).mean((2, 4))
+        return Batch(
+            *(np.stack([getattr(r, f) for r in rows]) for f in ("image", "prompt", "target")),
+            (share > 0.7).astype(np.float32),
+        )
+
+    def depth(self, rng: np.random.Generator, size: tuple[int, int]) -> Sample:
+        if rng.random() < self.real_share:
+            picture, depth, known = read_real(self.real[rng.integers(len(self.real))])
+        else:
+            scene = _pick(self.solid, rng, ("first", "depth"))
+            picture, depth = scene["first"], scene["depth"].astype(np.float32)
+            known = np.ones(depth.shape, bool)
+        crop = Crop.random(rng, picture.shape[:2], size, least=0.5)
+        picture = _colours(crop.picture(picture), rng)
+        depth, known = crop.nearest(depth), crop.nearest(known.astype(np.uint8)) > 0
+        if known.mean() < 0.2:
+            return self.depth(rng, size)
+        coded = DepthCoding().encode(np.where(known, depth, np.median(depth[known])), known)
+        return _sample(picture, np.full_like(picture, 127.5), [coded], known)
+
+    def flow(self, rng: np.random.Generator, size: tuple[int, int]) -> Sample:
+        scene = _pick(self.solid if rng.random() < 0.35 else self.layered, rng, ("first", "second", "flow"))
+        frames, flow = (scene["first"], scene["second"]), scene["flow"].astype(np.float32)
+        crop = Crop.random(rng, frames[0].shape[:2], size, least=0.6)
+        look = _look(rng)
+        first, second = (np.clip(_apply(crop.picture(f), look) + rng.normal(0, 3), 0, 255) for f in frames)
+        coded = FlowCoding().encode(np.moveaxis(crop.flow(flow), -1, 0), max(size))
+        return _sample(first, second, list(coded), np.ones(size, bool))
+
+    def amodal(self, rng: np.random.Generator, size: tuple[int, int]) -> Sample:
+        if rng.random() < 0.3:
+            scene = _pick(self.solid, rng, ("first", "visible", "whole", "whole_rgb", "has_object"))
+            if not scene["has_object"]:
+                return self.amodal(rng, size)
+            scene["picture"] = scene["first"]
+        else:
+            scene = _pick(self.layered, rng, ("picture", "visible", "whole", "whole_rgb"))
+        crop = Crop.around(scene["visible"], rng, size)
+        look = _look(rng)
+        picture, rgb = (_apply(crop.picture(scene[k]), look) for k in ("picture", "whole_rgb"))
+        visible, whole = (crop.picture(scene[k].astype(np.uint8) * 255) for k in ("visible", "whole"))
+        object_rgb = np.moveaxis(rgb / 127.5 - 1, -1, 0).astype(np.float32)
+        target = AmodalCoding().encode(whole > 127, object_rgb)
+        target[0] = whole / 127.5 - 1  # the edge's coverage says where within a pixel it runs
+        return _sample(picture, np.repeat(visible[..., None], 3, -1), list(target), np.ones(size, bool))
+
+
+def _sample(image: np.ndarray, prompt: np.ndarray, planes: list[np.ndarray], known: np.ndarray) -> Sample:
+    target = np.zeros((PLANES, *known.shape), np.float32)
+    target[: len(planes)] = planes
+    coded = [np.moveaxis(p.astype(np.float32) / 127.5 - 1, -1, 0) for p in (image, prompt)]
+    return Sample(coded[0], coded[1], target, known)
+
+
+@lru_cache(maxsize=8192)
+def _open(path: Path) -> np.ndarray:
+    array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    return array
+
+
+def _pick(shards: list[Path], rng: np.random.Generator, names: tuple[str, ...]) -> Fields:
+    shard = shards[rng.integers(len(shards))]
+    arrays = {name: _open(shard / f"{name}.npy") for name in names}
+    row = rng.integers(len(arrays[names[0]]))
+    return {name: np.asarray(array[row]) for name, array in arrays.items()}
+
+
+def read_real(depth_file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """NAME_depth_mm.png -> picture [H, W, 3] uint8 RGB, depth [H, W] float32 metres, known [H, W] bool."""
+    picture = cv2.imread(str(depth_file).replace("_depth_mm.png", ".jpg"), cv2.IMREAD_COLOR)
+    depth = cv2.imread(str(depth_file), cv2.IMREAD_UNCHANGED)
+    if picture is None or depth is None or depth.shape != picture.shape[:2]:
+        raise ValueError(f"{depth_file.name}: no readable picture beside it, or of another size")
+    return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), depth.astype(np.float32) / 1000, depth > 0
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A part of a picture, mirrored or not, brought to `size` (H, W)."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    mirror: bool
+    size: tuple[int, int]
+
+    @classmethod
+    def random(cls, rng: np.random.Generator, full: tuple[int, int], size: tuple[int, int], least: float) -> Crop:
+        """Of the target's aspect ratio give or take 15%, covering at least `least` of what would fit."""
+        aspect = size[1] / size[0] * np.exp(rng.uniform(-0.15, 0.15))
+        height = min(full[0], full[1] / aspect) * np.sqrt(rng.uniform(least, 1))
+        h, w = max(8, int(height)), max(8, min(full[1], int(height * aspect)))
+        return cls(int(rng.integers(full[0] - h + 1)), int(rng.integers(full[1] - w + 1)), h, w, rng.random() < 0.5, size)
+
+    @classmethod
+    def around(cls, mask: np.ndarray, rng: np.random.Generator, size: tuple[int, int]) -> Crop:
+        """As `saccade.fit.context_box` with a context of 0.5 to 1, brought towards the target's aspect ratio."""
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        margin = rng.uniform(0.5, 1.0) * max(np.ptp(rows) + 1, np.ptp(columns) + 1)
+        top, left = max(0, int(rows[0] - margin)), max(0, int(columns[0] - margin))
+        bottom, right = min(mask.shape[0], int(rows[-1] + 1 + margin)), min(mask.shape[1], int(columns[-1] + 1 + margin))
+        return cls(top, left, bottom - top, right - left, rng.random() < 0.5, size)
+
+    def picture(self, picture: np.ndarray) -> np.ndarray:
+        """[H, W] or [H, W, C] resampled with antialiasing."""
+        return self._resize(picture, cv2.INTER_AREA if self.height > self.size[0] else cv2.INTER_LINEAR)
+
+    def nearest(self, plane: np.ndarray) -> np.ndarray:
+        return self._resize(plane, cv2.INTER_NEAREST)
+
+    def flow(self, flow: np.ndarray) -> np.ndarray:
+        """Vectors follow the resize and the mirror."""
+        scale = np.array([self.size[1] / self.width * (-1 if self.mirror else 1), self.size[0] / self.height], np.float32)
+        return self._resize(flow, cv2.INTER_NEAREST) * scale
+
+    def _resize(self, picture: np.ndarray, how: int) -> np.ndarray:
+        part = picture[self.top : self.top + self.height, self.left : self.left + self.width]
+        out = cv2.resize(np.ascontiguousarray(part), self.size[::-1], interpolation=how)
+        return np.ascontiguousarray(out[:, ::-1]) if self.mirror else out
+
+
+def _look(rng: np.random.Generator) -> tuple[float, np.ndarray, float]:
+    """Saturation, gain of each channel, gamma."""
+    return rng.uniform(0, 1.3), np.exp(rng.normal(0, 0.08, 3) + rng.normal(0, 0.2)), float(np.exp(rng.normal(0, 0.2)))
+
+
+def _apply(picture: np.ndarray, look: tuple[float, np.ndarray, float]) -> np.ndarray:
+    saturation, gain, gamma = look
+    values = picture.astype(np.float32)
+    grey = values.mean(-1, keepdims=True)
+    values = np.clip((grey + (values - grey) * saturation) * gain, 0, 255)
+    return (255 * (values / 255) ** gamma).astype(np.float32)
+
+
+def _colours(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """For single pictures: colours, sometimes blur or noise."""
+    values = _apply(picture, _look(rng))
+    if rng.random() < 0.3:
+        values = cv2.GaussianBlur(values, (0, 0), rng.uniform(0.3, 1.2))
+    if rng.random() < 0.3:
+        values = values + rng.normal(0, rng.uniform(1, 10), values.shape).astype(np.float32)
+    return np.clip(values, 0, 255)

@@ -1,0 +1,186 @@
+"""Export a trained run into a model repository: three ONNX graphs, their configurations, the card.
+
+    python -m training.export RUN/checkpoint.pt MODEL_REPOSITORY --facts training/configs/saccade-s.json
+
+Every graph is run in ONNX Runtime on inputs, batch and sizes that the exporter never saw, and must agree with eager torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor as Torch
+from torch import nn
+from torch.export import Dim
+
+from saccade.card import Card
+from saccade.repository import Tensor, sha256, write_config
+from training.models.codec import BLOCK
+from training.models.perceiver import TASKS, Config
+from training.train import Model, Recipe
+
+log = logging.getLogger(__name__)
+MULTIPLE = 16
+MAX_BATCH = 64
+TOLERANCE = 2e-4
+OPSET = 20
+
+
+def load(checkpoint: Path, recipe: Recipe) -> tuple[Model, dict[str, Any]]:
+    """The averaged weights of a run, in evaluation mode, and what the checkpoint says of the run."""
+    state = torch.load(checkpoint, weights_only=True)
+    config = Config(latent_channels=len(state["latent_std"]), latent_std=tuple(state["latent_std"]), **recipe.model)
+    model = Model(config, recipe.noise)
+    model.load_state_dict(state["average"])
+    return model.eval(), {"samples": state["samples"], "wall_clock_s": round(state["seconds"], 1), "step": state["step"]}
+
+
+def examples(model: Model, batch: int, height: int, width: int, seed: int) -> dict[str, tuple[Torch, ...]]:
+    """Random inputs of the three graphs for pictures of height x width."""
+    draw = torch.Generator().manual_seed(seed)
+    config = model.config
+
+    def normal(*shape: int) -> Torch:
+        return torch.randn(shape, generator=draw)
+
+    task = torch.randint(len(TASKS), (batch,), generator=draw)
+    h, w = height // BLOCK, width // BLOCK
+    latent = normal(batch, config.latent_channels, h, w)
+    return {
+        "encoder": (normal(batch, 3, height, width).tanh(), normal(batch, 3, height, width).tanh(), task),
+        "denoiser": (
+            latent,
+            torch.randint(1000, (batch,), generator=draw),
+            task,
+            normal(batch, config.width, h // 2, w // 2),
+            normal(batch, config.detail, h, w),
+        ),
+        "decoder": (latent,),
+    }
+
+
+NAMES = {
+    "encoder": (["image", "prompt", "task"], ["context", "detail"]),
+    "denoiser": (["latent", "timestep", "task", "context", "detail"], ["prediction"]),
+    "decoder": (["latent"], ["picture"]),
+}
+
+
+def dynamic_shapes() -> dict[str, tuple[dict[int, Any], ...]]:
+    """Batch and both sizes are free in every graph; sizes are tied to each other as strides demand."""
+    batch = Dim("batch", min=1, max=MAX_BATCH)
+    rows, columns = Dim("rows", min=1, max=256), Dim("columns", min=1, max=256)
+    picture = {0: batch, 2: MULTIPLE * rows, 3: MULTIPLE * columns}
+    latent = {0: batch, 2: 2 * rows, 3: 2 * columns}
+    context = {0: batch, 2: rows, 3: columns}
+    one = {0: batch}
+    free = {0: batch, 2: Dim("h", min=1, max=512), 3: Dim("w", min=1, max=512)}
+    return {"encoder": (picture, picture, one), "denoiser": (latent, one, one, context, latent), "decoder": (free,)}
+
+
+def export_graph(part: str, module: nn.Module, inputs: tuple[Torch, ...], file: Path) -> None:
+    """One module to one self-contained ONNX file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    names, outputs = NAMES[part]
+    with torch.no_grad():
+        torch.onnx.export(
+            module, inputs, str(file), input_names=names, output_names=outputs, dynamic_shapes=dynamic_shapes()[part],
+            dynamo=True, external_data=False, opset_version=OPSET, optimize=True, verbose=False,
+        )  # fmt: skip
+    graph = onnx.load(file)
+    for node in graph.graph.node:  # traces of source files are nobody's business
+        del node.metadata_props[:]
+    del graph.graph.metadata_props[:]
+    for value in (*graph.graph.value_info, *graph.graph.input, *graph.graph.output):
+        del value.metadata_props[:]
+    onnx.save(graph, file)
+
+
+def disagreement(part: str, module: nn.Module, inputs: tuple[Torch, ...], file: Path) -> float:
+    """Largest error of the graph in ONNX Runtime against eager torch, relative to the output's deviation."""
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    feeds = {name: value.numpy() for name, value in zip(NAMES[part][0], inputs, strict=True)}
+    theirs = session.run(NAMES[part][1], feeds)
+    with torch.no_grad():
+        ours = module(*inputs)
+    ours = ours if isinstance(ours, tuple) else (ours,)
+    return max(float(np.abs(a - b.numpy()).max() / (b.std() + 1e-6)) for a, b in zip(theirs, ours, strict=True))
+
+
+def export(checkpoint: Path, recipe: Recipe, repository: Path, facts: dict[str, Any]) -> Card:
+    """Write the model named in `facts` and return its card. Raises RuntimeError where a graph disagrees with eager torch."""
+    model, run = load(checkpoint, recipe)
+    name = facts["name"]
+    folders = {"encoder": f"{name}-encoder", "denoiser": name, "decoder": f"{name}-decoder"}
+    modules = {"encoder": model.encoder, "denoiser": model.denoiser, "decoder": model.codec}
+    for part, module in modules.items():
+        file = repository / folders[part] / "1" / "model.onnx"
+        shutil.rmtree(repository / folders[part], ignore_errors=True)
+        export_graph(part, module, examples(model, 2, 96, 128, 0)[part], file)
+        for batch, height, width in ((1, 192, 144), (3, 64, 256), (5, 256, 256)):
+            error = disagreement(part, module, examples(model, batch, height, width, seed=height)[part], file)
+            log.info("%s at %d x %d x %d: %.1e of a deviation from eager", part, batch, height, width, error)
+            if error > TOLERANCE:
+                raise RuntimeError(f"{part}: the exported graph is {error:.1e} off at batch {batch}, {height} x {width}")
+    digests = {folder: sha256(repository / folder / "1" / "model.onnx") for folder in folders.values()}
+    card = describe(model, recipe, run, facts, folders, digests)
+    write_configs(repository, model.config, folders, card)
+    return card
+
+
+def describe(
+    model: Model, recipe: Recipe, run: dict[str, Any], facts: dict[str, Any], folders: dict[str, str], digests: dict[str, str]
+) -> Card:
+    """The card: what the run knows, and what people wrote into `facts`."""
+    training = {**facts["training"], "samples": run["samples"], "wall_clock_s": run["wall_clock_s"]}
+    known = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "encoder": folders["encoder"],
+        "decoder": folders["decoder"],
+        "conditioning": NAMES["encoder"][1],
+        "latent": {"channels": model.config.latent_channels, "stride": BLOCK, "scale": 1.0, "multiple": MULTIPLE},
+        "noise": {
+            "schedule": recipe.schedule,
+            "zero_terminal_snr": recipe.zero_terminal_snr,
+            "prediction": "v_prediction",
+        },
+        "digests": digests,
+    }
+    return Card.model_validate({**facts, **known, "training": training})
+
+
+def write_configs(repository: Path, config: Config, folders: dict[str, str], card: Card) -> None:
+    task, timestep = Tensor("task", (), "INT64"), Tensor("timestep", (), "INT64")
+    pictures = [Tensor("image", (3, -1, -1)), Tensor("prompt", (3, -1, -1)), task]
+    seen = [Tensor("context", (config.width, -1, -1)), Tensor("detail", (config.detail, -1, -1))]
+    latent = Tensor("latent", (config.latent_channels, -1, -1))
+    prediction = Tensor("prediction", (config.latent_channels, -1, -1))
+    write_config(repository, folders["encoder"], pictures, seen, MAX_BATCH)
+    write_config(repository, folders["denoiser"], [latent, timestep, task, *seen], [prediction], MAX_BATCH, card)
+    write_config(repository, folders["decoder"], [latent], [Tensor("picture", (4, -1, -1))], MAX_BATCH)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="export a trained run into a model repository")
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("repository", type=Path)
+    parser.add_argument("--recipe", type=Path, required=True, help="the run's TOML configuration")
+    parser.add_argument("--facts", type=Path, required=True, help="JSON: name, summary, licence, tasks, training data, quality")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    card = export(args.checkpoint, Recipe.read(args.recipe), args.repository, json.loads(args.facts.read_text()))
+    log.info("%s: %.1f M parameters, digest %s", card.name, card.parameters / 1e6, card.digest[:12])
+
+
+if __name__ == "__main__":
+    main()

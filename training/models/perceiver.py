@@ -1,0 +1,234 @@
+"""The default model: a conditioning encoder that runs once per request, and a light DiT that runs steps x members times.
+
+    encoder(image, prompt, task)               -> context [B, D, H/16, W/16], detail [B, 32, H/8, W/8]
+    denoiser(latent, timestep, task, context, detail) -> v [B, C, H/8, W/8]
+
+The encoder looks at both pictures with one convolutional stem. For flow it matches the two frames' features, first
+globally (a softmax over all places, as in GMFlow, Xu et al. 2111.13680), then locally around that guess (a small cost
+volume, as in PWC-Net, Sun et al. 1709.02371). For amodal the mask joins directly. Attention blocks finish the job.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from training.models.dit import (
+    Attention, DiTBlock, FinalLayer, LabelEmbedder, Mlp, Size, TimestepEmbedder, sincos_positions, unpatchify,
+)  # fmt: skip
+
+TASKS = ("depth", "flow", "amodal")
+POSITION_SPAN = 16.0
+
+
+@dataclass(frozen=True)
+class Config:
+    """`latent_std`: standard deviation of each latent channel over the training targets (sets the preconditioning)."""
+
+    latent_channels: int
+    width: int = 192
+    heads: int = 6
+    depth: int = 6
+    encoder_depth: int = 4
+    detail: int = 32
+    stem: tuple[int, int] = (64, 96)
+    latent_std: tuple[float, ...] = ()
+
+
+class ResBlock(nn.Module):
+    """x + conv(gelu(conv(norm(x)))), 3 x 3."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(8, channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.gelu(self.conv1(self.norm(x)), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block on [B, N, D]."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.attn, self.mlp = Attention(width, heads), Mlp(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Stem(nn.Module):
+    """Picture [B, 3, H, W] -> quarter [B, c4, H/4, W/4] and eighth [B, c8, H/8, W/8]; nothing is lost on the way in."""
+
+    def __init__(self, quarter: int, eighth: int) -> None:
+        super().__init__()
+        self.into = nn.Conv2d(48, quarter, 3, padding=1)
+        self.fine = ResBlock(quarter)
+        self.down = nn.Conv2d(quarter, eighth, 2, stride=2)
+        self.coarse = nn.Sequential(ResBlock(eighth), ResBlock(eighth))
+
+    def forward(self, picture: Tensor) -> tuple[Tensor, Tensor]:
+        quarter = self.fine(self.into(F.pixel_unshuffle(picture, 4)))
+        return quarter, self.coarse(self.down(quarter))
+
+
+class Matcher(nn.Module):
+    """Two frames' features -> motion features [B, eighth, H/8, W/8] and a first guess [B, 2, H/8, W/8] in eighth-cells."""
+
+    RADIUS = 2
+
+    def __init__(self, quarter: int, eighth: int, width: int = 64, fine: int = 24) -> None:
+        super().__init__()
+        self.key = nn.Conv2d(eighth, width, 1)
+        self.key_fine = nn.Conv2d(quarter, fine, 1)
+        self.temperature = nn.Parameter(torch.tensor(2.5))
+        window = (2 * self.RADIUS + 1) ** 2
+        self.local = nn.Conv2d(window + 2 * fine, 64, 3, padding=1)
+        self.down = nn.Conv2d(64, eighth, 2, stride=2)
+        self.join = nn.Conv2d(eighth + 3, eighth, 1)
+
+    def forward(self, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        guess, confidence = self.everywhere(first[1], second[1])
+        near = self.around(self.key_fine(first[0]), self.key_fine(second[0]), guess)
+        hint = torch.cat([self.down(F.gelu(near)), guess / 4, confidence], 1)
+        return self.join(hint), guess
+
+    def everywhere(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Expected place of every cell among all cells of the second frame, minus its own; and the softmax's peak."""
+        height, width = first.shape[-2:]
+        one = F.normalize(self.key(first).flatten(2), dim=1)
+        two = F.normalize(self.key(second).flatten(2), dim=1)
+        match = (one.transpose(1, 2) @ two * self.temperature.exp()).float().softmax(-1)
+        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        places = torch.stack([x.flatten(), y.flatten()], -1).to(match)
+        guess = (match @ places - places).transpose(1, 2).reshape(-1, 2, height, width)
+        return guess, match.amax(-1).reshape(-1, 1, height, width)
+
+    def around(self, first: Tensor, second: Tensor, guess: Tensor) -> Tensor:
+        """Second frame's fine features warped by the guess, and a cost volume around it, [B, 64, H/4, W/4]."""
+        height, width = first.shape[-2:]
+        motion = F.interpolate(guess, size=(height, width), mode="bilinear", align_corners=False) * 2
+        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        at_x = (x + motion[:, 0] + 0.5) / width * 2 - 1
+        at_y = (y + motion[:, 1] + 0.5) / height * 2 - 1
+        grid = torch.stack([at_x, at_y], -1)
+        warped = F.grid_sample(second.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+        one, two = F.normalize(first.float(), dim=1), F.normalize(warped, dim=1)
+        reach = self.RADIUS
+        padded = F.pad(two, (reach, reach, reach, reach))
+        shifts = [(dy, dx) for dy in range(2 * reach + 1) for dx in range(2 * reach + 1)]
+        costs = [(one * padded[..., dy : dy + height, dx : dx + width]).sum(1) for dy, dx in shifts]
+        return self.local(torch.cat([torch.stack(costs, 1), one, two], 1))
+
+
+class Encoder(nn.Module):
+    """forward: image, prompt [B, 3, H, W], task [B] -> context, detail. H and W are multiples of 16."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        quarter, eighth = config.stem
+        self.stem = Stem(quarter, eighth)
+        self.matcher = Matcher(quarter, eighth)
+        self.mask = nn.Conv2d(64, eighth, 1)
+        self.label = LabelEmbedder(len(TASKS), eighth)
+        self.fused = nn.Sequential(ResBlock(eighth), ResBlock(eighth))
+        self.detail = nn.Conv2d(eighth, config.detail, 1)
+        self.down = nn.Conv2d(eighth, config.width, 2, stride=2)
+        self.deep = ResBlock(config.width)
+        self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.encoder_depth))
+        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+
+    def forward(self, image: Tensor, prompt: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
+        """A batch of mixed tasks: every hint is computed, each sample keeps its own."""
+        seen = self.stem(image)
+        moved, _ = self.matcher(seen, self.stem(prompt))
+        hint = moved * (task == 1)[:, None, None, None] + self.shape(prompt) * (task == 2)[:, None, None, None]
+        return self.think(seen[1], hint, task)
+
+    def of_task(self, image: Tensor, prompt: Tensor, task: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A batch of one task, without the other tasks' work; for flow also the matcher's guess. For training."""
+        seen = self.stem(image)
+        hint, guess = torch.zeros_like(seen[1]), None
+        if task == "flow":
+            hint, guess = self.matcher(seen, self.stem(prompt))
+        elif task == "amodal":
+            hint = self.shape(prompt)
+        labels = torch.full(image.shape[:1], TASKS.index(task), device=image.device)
+        return *self.think(seen[1], hint, labels), guess
+
+    def shape(self, prompt: Tensor) -> Tensor:
+        """The mask, lossless, to [B, eighth, H/8, W/8]."""
+        return self.mask(F.pixel_unshuffle(prompt[:, :1], 8))
+
+    def think(self, seen: Tensor, hint: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
+        fused = self.fused(seen + hint + self.label(task)[:, :, None, None])
+        deep = self.deep(self.down(fused))
+        height, width = deep.shape[-2:]
+        tokens = deep.flatten(2).transpose(1, 2)
+        tokens = tokens + sincos_positions(tokens.shape[-1], height, width, POSITION_SPAN).to(tokens)
+        for block in self.blocks:
+            tokens = block(tokens)
+        context = self.norm(tokens).transpose(1, 2).reshape(-1, tokens.shape[-1], height, width)
+        return context, self.detail(fused)
+
+
+class RoutedPatchEmbed(nn.Module):
+    """Each sample through its own task's input convolution (the paper's PatchEmbedRouter), as one batched product."""
+
+    def __init__(self, channels: int, width: int, patch: int, tasks: int) -> None:
+        super().__init__()
+        self.patch = patch
+        fan_in = channels * patch * patch
+        self.weight = nn.Parameter(torch.empty(tasks, fan_in, width).uniform_(-(fan_in**-0.5), fan_in**-0.5))
+        self.bias = nn.Parameter(torch.zeros(tasks, width))
+
+    def forward(self, x: Tensor, task: Tensor) -> Tensor:
+        patches = F.pixel_unshuffle(x, self.patch).flatten(2).transpose(1, 2)
+        return patches @ self.weight[task] + self.bias[task][:, None]
+
+
+class Denoiser(nn.Module):
+    """A DiT on patches of 2 x 2 latent cells. It predicts what a linear denoiser cannot: v = skip * z + gain * F(z, ...).
+
+    With data of variance s^2 per channel and z = a x + b e, the best linear estimate of v = a e - b x is
+    skip = a b (1 - s^2) / (a^2 s^2 + b^2), and the rest has deviation gain = s / sqrt(a^2 s^2 + b^2)
+    (the preconditioning of Karras et al. 2206.00364, written for v).
+    """
+
+    PATCH = 2
+
+    def __init__(self, config: Config, alphas_cumprod: Tensor) -> None:
+        super().__init__()
+        size = Size(config.width, config.heads, config.depth)
+        self.x_embedder = RoutedPatchEmbed(config.latent_channels + config.detail, size.width, self.PATCH, len(TASKS))
+        self.context = nn.Linear(size.width, size.width)
+        self.t_embedder = TimestepEmbedder(size.width)
+        self.y_embedder = LabelEmbedder(len(TASKS), size.width)
+        self.blocks = nn.ModuleList(DiTBlock(size.width, size.heads) for _ in range(size.depth))
+        self.final_layer = FinalLayer(size.width, self.PATCH, config.latent_channels)
+        a2 = alphas_cumprod.double()[:, None]
+        s2 = torch.tensor(config.latent_std).double()[None] ** 2
+        spread = a2 * s2 + 1 - a2
+        skip, gain = (a2 * (1 - a2)).sqrt() * (1 - s2) / spread, (s2 / spread).sqrt()
+        self.register_buffer("skip", skip.float())
+        self.register_buffer("gain", gain.float())
+
+    def forward(self, latent: Tensor, timestep: Tensor, task: Tensor, context: Tensor, detail: Tensor) -> Tensor:
+        height, width = context.shape[-2:]
+        tokens = self.x_embedder(torch.cat([latent, detail], 1), task)
+        tokens = tokens + self.context(context.flatten(2).transpose(1, 2))
+        tokens = tokens + sincos_positions(tokens.shape[-1], height, width, POSITION_SPAN).to(tokens)
+        c = self.t_embedder(timestep) + self.y_embedder(task)
+        for block in self.blocks:
+            tokens = block(tokens, c)
+        rest = unpatchify(self.final_layer(tokens, c), height, width, self.PATCH)
+        return self.skip[timestep][..., None, None] * latent + self.gain[timestep][..., None, None] * rest
