@@ -13,6 +13,7 @@ from saccade.errors import UnsupportedPicture
 from saccade.formats.pictures import MAX_PIXELS, check_pixels, refusing
 
 MAX_CHANNELS = 16
+MAX_TILE_SIDE = 8192
 
 _MAGIC = b"\x76\x2f\x31\x01"
 
@@ -35,8 +36,8 @@ def write_exr(channels: Mapping[str, NDArray[np.floating]]) -> bytes:
 def read_exr(data: bytes, *, max_pixels: int = MAX_PIXELS, param: str = "map") -> dict[str, NDArray[np.float32]]:
     """name -> [H, W] float32 of an EXR, scan-line or tiled, of any compression; half and integer are widened.
 
-    Raises UnsupportedPicture (not an EXR, or deep, multi-part, subsampled, of too many channels), PictureTooLarge
-    (before any pixel is decoded) or UnreadablePicture.
+    Raises UnsupportedPicture (not an EXR, or deep, multi-part, subsampled, of too many channels, of huge tiles),
+    PictureTooLarge (before any pixel is decoded) or UnreadablePicture.
     """
     with refusing(param):
         if data[:4] != _MAGIC:
@@ -53,13 +54,16 @@ def _parts(data: bytes, **options: bool) -> list[Any]:
 
 
 def _check_headers(headers: list[dict[str, Any]], max_pixels: int, param: str) -> None:
-    """The header decides how much is allocated, and the library trusts it."""
+    """The headers decide how much the library allocates, whatever the file's length."""
     import OpenEXR
 
     if len(headers) != 1 or headers[0]["type"] not in (OpenEXR.scanlineimage, OpenEXR.tiledimage):
         raise UnsupportedPicture("Deep and multi-part EXR files are not read. Save one flat image.", param=param)
-    (left, top), (right, bottom) = (corner.tolist() for corner in headers[0]["dataWindow"])
+    [header] = headers
+    (left, top), (right, bottom) = (corner.tolist() for corner in header["dataWindow"])
     check_pixels(right - left + 1, bottom - top + 1, max_pixels, param)
-    channels = headers[0]["channels"]
+    channels, tiles = header["channels"], header.get("tiles")
     if len(channels) > MAX_CHANNELS or any((each.xSampling, each.ySampling) != (1, 1) for each in channels):
         raise UnsupportedPicture(f"EXR channels must be at most {MAX_CHANNELS} and not subsampled.", param=param)
+    if tiles and max(tiles.xSize, tiles.ySize) > MAX_TILE_SIDE:
+        raise UnsupportedPicture(f"EXR tiles must be at most {MAX_TILE_SIDE} px a side.", param=param)
