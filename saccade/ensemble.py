@@ -20,10 +20,11 @@ Objective = Callable[[Float64], tuple[float, Float64]]
 REGULARIZER_STRENGTH = 0.02
 MIN_RANGE = 1e-6
 MIN_CONTRAST = 0.5
-# The cost has corners (two members that coincide, a merged map that ends exactly at 0 or 1), and clipped maps sit in
-# them. Rounded off, the fit does not jump when the input moves by a rounding error.
+# The cost has corners (two members that coincide, or tie for the median, or a merged map that ends exactly at 0 or 1),
+# and clipped maps sit in them. Rounded off, the fit does not jump when the input moves by a rounding error.
 ROUND_DISTANCE = 1e-4
-ROUND_END = 5e-3
+ROUND_END = 2e-3
+ROUND_TIE = 1e-4
 # SciPy's line search stops at a curvature of 0.9; a closer one makes more of the few iterations.
 SUFFICIENT_DECREASE, CURVATURE = 1e-4, 0.2
 
@@ -157,18 +158,25 @@ class _Fit:
         return float(np.triu(rms, 1).sum()), grad_a, grad_b
 
     def ends(self, a: Float64, b: Float64) -> tuple[float, Float64, Float64]:
-        """|min m| + |1 - max m| of the merged map m, and a subgradient: through the member that is m at that pixel."""
+        """|min m| + |1 - max m| of the merged map m, and a subgradient: through what is m at those ends."""
         merged = _lower_median(a.astype(np.float32)[:, None] * self.stretched + b.astype(np.float32)[:, None])
         cost, grad_a, grad_b = 0.0, np.zeros_like(a), np.zeros_like(b)
         for pixel, target in ((merged.argmin(), 0.0), (merged.argmax(), 1.0)):
-            column = self.stretched[:, pixel].astype(np.float64)
-            values = a * column + b
-            member = np.argsort(values, kind="stable")[_middle(len(values))]
-            size, slope = _rounded_abs(float(values[member]) - target)
+            middle = float(np.sort(a * self.stretched[:, pixel] + b)[_middle(len(a))])
+            size, slope = _rounded_abs(middle - target)
+            columns, share = self.tied(a, b, merged, middle)
             cost += size
-            grad_a[member] += slope * column[member]
-            grad_b[member] += slope
+            grad_a += slope * (share * columns).sum(1)
+            grad_b += slope * share.sum(1)
         return cost, grad_a, grad_b
+
+    def tied(self, a: Float64, b: Float64, merged: Float32, value: float) -> tuple[Float64, Float64]:
+        """The members at the K pixels where m is all but `value`, [N, K], and the share of each in making it so."""
+        pixels = np.flatnonzero(np.abs(merged - value) < ROUND_TIE)
+        columns = self.stretched[:, pixels].astype(np.float64)
+        share = np.maximum(1 - np.abs(a[:, None] * columns + b[:, None] - value) / ROUND_TIE, 0)
+        share *= 1 - np.abs(merged[pixels] - value) / ROUND_TIE
+        return columns, share / share.sum()
 
 
 def _rounded_abs(x: float) -> tuple[float, float]:

@@ -34,7 +34,8 @@ class DepthCoding:
         seen = depth if valid is None else depth[valid]
         near, far = np.quantile(seen, [self.low, self.high])
         span = max(float(far - near), 1e-6 * max(abs(float(far)), 1e-6))
-        return np.clip((depth - near) / span * 2 - 1, -1.25, 1.25).astype(np.float32)
+        coded: Array = np.clip((depth - near) / span * 2 - 1, -1.25, 1.25).astype(np.float32)
+        return coded
 
     def decode(self, plane: Array) -> Array:
         """[..., H, W] coded -> affine depth with 0 at the near quantile and 1 at the far one (not clipped)."""
@@ -56,13 +57,15 @@ class FlowCoding:
         """Flow [..., 2, H, W] in pixels -> the same shape, coded, clipped to [-1.5, 1.5]."""
         share = np.abs(flow_px) / longer_edge_px
         coded = np.sign(flow_px) * np.log1p(share / self.knee) / np.log1p(self.reach / self.knee)
-        return np.clip(coded, -1.5, 1.5).astype(np.float32)
+        clipped: Array = np.clip(coded, -1.5, 1.5).astype(np.float32)
+        return clipped
 
     def decode(self, planes: Array, longer_edge_px: float) -> Array:
         """Coded [..., 2, H, W] -> flow in pixels of the processed picture."""
         clipped = np.clip(planes, -1.5, 1.5)
         share = np.expm1(np.abs(clipped) * np.log1p(self.reach / self.knee)) * self.knee
-        return (np.sign(clipped) * share * longer_edge_px).astype(np.float32)
+        flow: Array = (np.sign(clipped) * share * longer_edge_px).astype(np.float32)
+        return flow
 
 
 @dataclass(frozen=True)
@@ -123,8 +126,8 @@ class Task:
 
 
 TASKS: dict[TaskName, Task] = {
-    "depth": Task("depth", "none", ("aligned_median", "median", "mean"), "affine-invariant depth, 0 nearest, 1 farthest",
-                  "the same scale as the depth"),
+    "depth": Task("depth", "none", ("aligned_median", "median", "mean"),
+                  "affine-invariant depth, 0 nearest, 1 farthest", "the same scale as the depth"),
     "flow": Task("flow", "next_image", ("median", "mean"), "pixels of the input, u right, v down",
                  "pixels of the input"),
     "amodal": Task("amodal", "mask", ("mean", "median"), "1 where the whole object is, 0 elsewhere",

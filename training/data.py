@@ -1,6 +1,7 @@
 """Training batches from shards of generated scenes and folders of real depth pictures.
 
-A batch is a pure function of (seed, step, task, size) and of the shards on disk, so a resumed run sees what it would have seen.
+A batch is a pure function of (seed, step, task, size) and of the shards on disk, so a resumed run sees what it would
+have seen.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from saccade.tasks import AmodalCoding, DepthCoding, FlowCoding
 
 Fields = dict[str, np.ndarray]
 PLANES = 4
+OPEN_FILES = 128  # every mapped file keeps a descriptor, of which a process may have few (often 1024, or 256)
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Scenes:
         self.layered = sorted(folder.glob("layered-*"))
         if not self.solid or not self.layered:
             raise FileNotFoundError(f"{folder} needs shards of both kinds: run python -m training.scenes.make")
-        self.real = [p for root in real for p in sorted(root.glob("*_depth_mm.png"))]
+        self.real = [p for root in real for p in _depth_files(root)]
         self.real_share = real_share if self.real else 0.0
         self.seed = seed
 
@@ -113,7 +115,7 @@ def _sample(image: np.ndarray, prompt: np.ndarray, planes: list[np.ndarray], kno
     return Sample(coded[0], coded[1], target, known)
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=OPEN_FILES)
 def _open(path: Path) -> np.ndarray:
     array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     return array
@@ -126,9 +128,17 @@ def _pick(shards: list[Path], rng: np.random.Generator, names: tuple[str, ...]) 
     return {name: np.asarray(array[row]) for name, array in arrays.items()}
 
 
+def _depth_files(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*_depth_mm.png"))
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no NAME_depth_mm.png")
+    return files
+
+
 def read_real(depth_file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """NAME_depth_mm.png -> picture [H, W, 3] uint8 RGB, depth [H, W] float32 metres, known [H, W] bool."""
-    picture = cv2.imread(str(depth_file).replace("_depth_mm.png", ".jpg"), cv2.IMREAD_COLOR)
+    beside = depth_file.with_name(depth_file.name.removesuffix("_depth_mm.png") + ".jpg")
+    picture = cv2.imread(str(beside), cv2.IMREAD_COLOR)
     depth = cv2.imread(str(depth_file), cv2.IMREAD_UNCHANGED)
     if picture is None or depth is None or depth.shape != picture.shape[:2]:
         raise ValueError(f"{depth_file.name}: no readable picture beside it, or of another size")
@@ -152,15 +162,17 @@ class Crop:
         aspect = size[1] / size[0] * np.exp(rng.uniform(-0.15, 0.15))
         height = min(full[0], full[1] / aspect) * np.sqrt(rng.uniform(least, 1))
         h, w = max(8, int(height)), max(8, min(full[1], int(height * aspect)))
-        return cls(int(rng.integers(full[0] - h + 1)), int(rng.integers(full[1] - w + 1)), h, w, rng.random() < 0.5, size)
+        top, left = int(rng.integers(full[0] - h + 1)), int(rng.integers(full[1] - w + 1))
+        return cls(top, left, h, w, rng.random() < 0.5, size)
 
     @classmethod
     def around(cls, mask: np.ndarray, rng: np.random.Generator, size: tuple[int, int]) -> Crop:
-        """As `saccade.fit.context_box` with a context of 0.5 to 1, brought towards the target's aspect ratio."""
+        """As `saccade.fit.context_box` with a context of 0.5 to 1; `size` stretches it, whatever its aspect ratio."""
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         margin = rng.uniform(0.5, 1.0) * max(np.ptp(rows) + 1, np.ptp(columns) + 1)
         top, left = max(0, int(rows[0] - margin)), max(0, int(columns[0] - margin))
-        bottom, right = min(mask.shape[0], int(rows[-1] + 1 + margin)), min(mask.shape[1], int(columns[-1] + 1 + margin))
+        bottom = min(mask.shape[0], int(rows[-1] + 1 + margin))
+        right = min(mask.shape[1], int(columns[-1] + 1 + margin))
         return cls(top, left, bottom - top, right - left, rng.random() < 0.5, size)
 
     def picture(self, picture: np.ndarray) -> np.ndarray:
@@ -172,7 +184,8 @@ class Crop:
 
     def flow(self, flow: np.ndarray) -> np.ndarray:
         """Vectors follow the resize and the mirror."""
-        scale = np.array([self.size[1] / self.width * (-1 if self.mirror else 1), self.size[0] / self.height], np.float32)
+        across, down = self.size[1] / self.width, self.size[0] / self.height
+        scale = np.array([-across if self.mirror else across, down], np.float32)
         return self._resize(flow, cv2.INTER_NEAREST) * scale
 
     def _resize(self, picture: np.ndarray, how: int) -> np.ndarray:

@@ -1,8 +1,9 @@
 """Export a trained run into a model repository: three ONNX graphs, their configurations, the card.
 
-    python -m training.export RUN/checkpoint.pt MODEL_REPOSITORY --facts training/configs/saccade-s.json
+    python -m training.export RUN/checkpoint.pt MODEL_REPOSITORY --recipe RUN.toml --facts FACTS.json
 
-Every graph is run in ONNX Runtime on inputs, batch and sizes that the exporter never saw, and must agree with eager torch.
+Every graph is run in ONNX Runtime on inputs, batches and sizes that the exporter never saw, and must agree with eager
+torch before anything in the repository is touched.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 import logging
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,12 +30,14 @@ from saccade.repository import Tensor, sha256, write_config
 from training.models.codec import BLOCK
 from training.models.perceiver import TASKS, Config
 from training.train import Model, Recipe
+from training.weights import name_initializers
 
 log = logging.getLogger(__name__)
 MULTIPLE = 16
 MAX_BATCH = 64
 TOLERANCE = 2e-4
 OPSET = 20
+FRESH = ((1, 192, 144), (3, 64, 256), (5, 256, 256))  # batch, height, width
 
 
 def load(checkpoint: Path, recipe: Recipe) -> tuple[Model, dict[str, Any]]:
@@ -42,7 +46,8 @@ def load(checkpoint: Path, recipe: Recipe) -> tuple[Model, dict[str, Any]]:
     config = Config(latent_channels=len(state["latent_std"]), latent_std=tuple(state["latent_std"]), **recipe.model)
     model = Model(config, recipe.noise)
     model.load_state_dict(state["average"])
-    return model.eval(), {"samples": state["samples"], "wall_clock_s": round(state["seconds"], 1), "step": state["step"]}
+    run = {"samples": state["samples"], "wall_clock_s": round(state["seconds"], 1), "step": state["step"]}
+    return model.eval(), run
 
 
 def examples(model: Model, batch: int, height: int, width: int, seed: int) -> dict[str, tuple[Torch, ...]]:
@@ -103,45 +108,77 @@ def export_graph(part: str, module: nn.Module, inputs: tuple[Torch, ...], file: 
     del graph.graph.metadata_props[:]
     for value in (*graph.graph.value_info, *graph.graph.input, *graph.graph.output):
         del value.metadata_props[:]
+    name_initializers(graph, module.state_dict())
     onnx.save(graph, file)
 
 
 def disagreement(part: str, module: nn.Module, inputs: tuple[Torch, ...], file: Path) -> float:
-    """Largest error of the graph in ONNX Runtime against eager torch, relative to the output's deviation."""
+    """Largest error of the graph in ONNX Runtime against eager torch, relative to the output's deviation; NaN stays."""
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     feeds = {name: value.numpy() for name, value in zip(NAMES[part][0], inputs, strict=True)}
     theirs = session.run(NAMES[part][1], feeds)
     with torch.no_grad():
         ours = module(*inputs)
     ours = ours if isinstance(ours, tuple) else (ours,)
-    return max(float(np.abs(a - b.numpy()).max() / (b.std() + 1e-6)) for a, b in zip(theirs, ours, strict=True))
+    pairs = [(a, b.numpy()) for a, b in zip(theirs, ours, strict=True)]
+    return float(np.max([np.abs(a - b).max() / (b.std() + 1e-6) for a, b in pairs]))
+
+
+def verify(part: str, model: Model, file: Path) -> None:
+    """Raises RuntimeError where the graph disagrees with eager torch."""
+    for batch, height, width in FRESH:
+        inputs = examples(model, batch, height, width, seed=height)[part]
+        error = disagreement(part, module_of(model, part), inputs, file)
+        log.info("%s at %d x %d x %d: %.1e of a deviation from eager", part, batch, height, width, error)
+        if not error <= TOLERANCE:
+            raise RuntimeError(f"{part}: the exported graph is {error:.1e} off at batch {batch}, {height} x {width}")
+
+
+def module_of(model: Model, part: str) -> nn.Module:
+    """The module behind a graph."""
+    return {"encoder": model.encoder, "denoiser": model.denoiser, "decoder": model.codec}[part]
 
 
 def export(checkpoint: Path, recipe: Recipe, repository: Path, facts: dict[str, Any]) -> Card:
-    """Write the model named in `facts` and return its card. Raises RuntimeError where a graph disagrees with eager torch."""
+    """Write the model named in `facts`, in place of one of that name, and return its card.
+
+    Raises RuntimeError where a graph disagrees with eager torch, ValueError where the facts do not fit the model.
+    """
     model, run = load(checkpoint, recipe)
     name = facts["name"]
     folders = {"encoder": f"{name}-encoder", "denoiser": name, "decoder": f"{name}-decoder"}
-    modules = {"encoder": model.encoder, "denoiser": model.denoiser, "decoder": model.codec}
-    for part, module in modules.items():
-        file = repository / folders[part] / "1" / "model.onnx"
-        shutil.rmtree(repository / folders[part], ignore_errors=True)
-        export_graph(part, module, examples(model, 2, 96, 128, 0)[part], file)
-        for batch, height, width in ((1, 192, 144), (3, 64, 256), (5, 256, 256)):
-            error = disagreement(part, module, examples(model, batch, height, width, seed=height)[part], file)
-            log.info("%s at %d x %d x %d: %.1e of a deviation from eager", part, batch, height, width, error)
-            if error > TOLERANCE:
-                raise RuntimeError(f"{part}: the exported graph is {error:.1e} off at batch {batch}, {height} x {width}")
-    digests = {folder: sha256(repository / folder / "1" / "model.onnx") for folder in folders.values()}
-    card = describe(model, recipe, run, facts, folders, digests)
+    with tempfile.TemporaryDirectory() as draft:
+        files = {part: Path(draft) / f"{part}.onnx" for part in folders}
+        for part, file in files.items():
+            export_graph(part, module_of(model, part), examples(model, 2, 96, 128, 0)[part], file)
+            verify(part, model, file)
+        digests = {folders[part]: sha256(file) for part, file in files.items()}
+        card = describe(model, recipe, run, facts, folders, digests)
+        for part, file in files.items():
+            install(file, repository / folders[part])
     write_configs(repository, model.config, folders, card)
     return card
 
 
+def install(graph: Path, folder: Path) -> None:
+    """The graph as version 1 and only version of the model at `folder`."""
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "1").mkdir(parents=True)
+    shutil.move(graph, folder / "1" / "model.onnx")
+
+
 def describe(
-    model: Model, recipe: Recipe, run: dict[str, Any], facts: dict[str, Any], folders: dict[str, str], digests: dict[str, str]
+    model: Model,
+    recipe: Recipe,
+    run: dict[str, Any],
+    facts: dict[str, Any],
+    folders: dict[str, str],
+    digests: dict[str, str],
 ) -> Card:
     """The card: what the run knows, and what people wrote into `facts`."""
+    labels = {task: fact["label"] for task, fact in facts["tasks"].items()}
+    if any(label != TASKS.index(task) for task, label in labels.items()):
+        raise ValueError(f"the facts label the tasks {labels}, the model was trained with their places in {TASKS}")
     training = {**facts["training"], "samples": run["samples"], "wall_clock_s": run["wall_clock_s"]}
     known = {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -175,9 +212,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("repository", type=Path)
     parser.add_argument("--recipe", type=Path, required=True, help="the run's TOML configuration")
-    parser.add_argument("--facts", type=Path, required=True, help="JSON: name, summary, licence, tasks, training data, quality")
+    parser.add_argument(
+        "--facts", type=Path, required=True, help="JSON: name, summary, licence, tasks, training data, quality"
+    )
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log.setLevel(logging.INFO)  # and not the exporter's hundreds of lines
     card = export(args.checkpoint, Recipe.read(args.recipe), args.repository, json.loads(args.facts.read_text()))
     log.info("%s: %.1f M parameters, digest %s", card.name, card.parameters / 1e6, card.digest[:12])
 

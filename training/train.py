@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Stage:
-    """`steps` steps on pictures of one of `sizes` (H, W), `per_task` samples of each task a step, `draws` noise levels a
-    sample; the learning rate falls from `lr` to `lr_end` along a cosine."""
+    """`steps` steps on pictures of one of `sizes` (H, W), `per_task` samples of each task a step, `draws` noise levels
+    a sample; the learning rate falls from `lr` to `lr_end` along a cosine."""
 
     steps: int
     sizes: tuple[tuple[int, int], ...]
@@ -77,15 +77,17 @@ class Recipe:
         return NoiseSchedule(self.schedule, 1000, self.zero_terminal_snr)  # type: ignore[arg-type]
 
     def at(self, step: int) -> tuple[Stage, float]:
-        """The stage of a step and the learning rate there."""
+        """The stage of a step and the learning rate there; past the end, the last stage's."""
         begun = 0
-        for stage in self.stages:
+        for stage in self.stages[:-1]:
             if step < begun + stage.steps:
                 break
             begun += stage.steps
+        else:
+            stage = self.stages[-1]
         share = min(1.0, (step - begun) / stage.steps)
         lr = stage.lr_end + (stage.lr - stage.lr_end) * (1 + np.cos(np.pi * share)) / 2
-        return stage, float(lr * min(1.0, (step + 1) / self.warmup))
+        return stage, float(lr * min(1.0, (step + 1) / max(1, self.warmup)))
 
     @property
     def steps(self) -> int:
@@ -99,7 +101,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        self.denoiser = Denoiser(config, torch.from_numpy(np.asarray(schedule.alphas_cumprod)))
+        self.denoiser = Denoiser(config, torch.tensor(schedule.alphas_cumprod))
         self.codec = DCTCodec()
 
 
@@ -110,20 +112,26 @@ def measure_latent_std(scenes: Scenes, codec: DCTCodec, size: tuple[int, int] = 
 
 
 def timesteps(count: int, shift: float, generator: torch.Generator) -> Tensor:
-    """Stratified draws of [0, 999], more of them noisy: u -> shift u / (1 + (shift - 1) u) (Esser et al. 2403.03206, 23)."""
+    """Stratified draws of 0 .. 999, [count] int64, more of them noisy.
+
+    u -> shift u / (1 + (shift - 1) u) (Esser et al. 2403.03206, eq. 23).
+    """
     u = (torch.arange(count) + torch.rand(count, generator=generator)) / count
     t = shift * u / (1 + (shift - 1) * u)
     return (t * 1000).long().clamp(max=999)[torch.randperm(count, generator=generator)]
 
 
-def loss_of(model: Model, batches: dict[str, Batch], recipe: Recipe, stage: Stage, step: int) -> tuple[Tensor, dict[str, float]]:
+def loss_of(
+    model: Model, batches: dict[str, Batch], recipe: Recipe, stage: Stage, step: int
+) -> tuple[Tensor, dict[str, float]]:
     """The step's loss and its parts by task."""
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
     contexts, details, latents, labels, weights, losses = [], [], [], [], [], {}
     guess_loss = torch.zeros(())
     for task, batch in batches.items():
-        image, prompt, target, weight = (torch.from_numpy(a) for a in (batch.image, batch.prompt, batch.target, batch.weight))
-        image, prompt = (p.contiguous(memory_format=torch.channels_last) for p in (image, prompt))
+        target, weight = torch.from_numpy(batch.target), torch.from_numpy(batch.weight)
+        pictures = (torch.from_numpy(p) for p in (batch.image, batch.prompt))
+        image, prompt = (p.contiguous(memory_format=torch.channels_last) for p in pictures)
         context, detail, guess = model.encoder.of_task(image, prompt, task)
         if guess is not None:
             guess_loss = _guess_loss(guess, target[:, :2], max(image.shape[-2:]))
@@ -133,15 +141,17 @@ def loss_of(model: Model, batches: dict[str, Batch], recipe: Recipe, stage: Stag
         labels.append(torch.full((len(image),), TASKS.index(task)))
         weights.append(weight * recipe.task_weights[task])
     n = stage.draws
-    z0, c, d, y, w = (torch.cat(parts).repeat_interleave(n, 0) for parts in (latents, contexts, details, labels, weights))
+    z0, c, d, y, w = (
+        torch.cat(parts).repeat_interleave(n, 0) for parts in (latents, contexts, details, labels, weights)
+    )
     t = torch.cat([timesteps(stage.per_task * n, recipe.shift, generator) for _ in batches])
-    abar = torch.from_numpy(np.asarray(recipe.noise.alphas_cumprod)).float()[t][:, None, None, None]
+    abar = torch.tensor(recipe.noise.alphas_cumprod).float()[t][:, None, None, None]
     noise = torch.randn(z0.shape, generator=generator)
     v = abar.sqrt() * noise - (1 - abar).sqrt() * z0
     predicted = model.denoiser(abar.sqrt() * z0 + (1 - abar).sqrt() * noise, t, y, c, d)
     error = ((predicted.float() - v) ** 2).sum(1) * w
-    for k, task in enumerate(batches):
-        losses[task] = float(error[y == k].detach().mean())
+    for task in batches:
+        losses[task] = float(error[y == TASKS.index(task)].detach().mean())
     losses["guess"] = float(guess_loss.detach())
     return error.mean() + recipe.guess_weight * guess_loss, losses
 
@@ -238,7 +248,9 @@ class Run:
             raise FloatingPointError(f"the loss is {loss} at step {self.step}")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        length = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if not torch.isfinite(length):
+            raise FloatingPointError(f"the gradient's length is {length} at step {self.step}")
         self.optimizer.step()
         decay = min(self.recipe.ema, (self.step + 1) / (self.step + 10))
         with torch.no_grad():

@@ -79,9 +79,11 @@ def test_epe_worked_by_hand() -> None:
     ("error_px", "motion_px", "outlier"),
     [(2.9, 0.0, 0), (3.0, 0.0, 0), (3.1, 0.0, 1), (3.1, 61.0, 1), (3.1, 63.0, 0), (9.0, 179.0, 1), (9.0, 181.0, 0)],
 )
-def test_a_flow_is_an_outlier_above_three_pixels_and_five_percent(error_px: float, motion_px: float, outlier: int) -> None:
+def test_a_flow_is_an_outlier_above_three_pixels_and_five_percent(
+    error_px: float, motion_px: float, outlier: int
+) -> None:
     truth = np.array([[[0.0, motion_px]]])
-    flow = truth + [error_px, 0.0]
+    flow = truth + np.array([error_px, 0.0])
     assert metrics.fl_all(flow, truth, np.array([[True]])) == outlier
 
 

@@ -14,7 +14,10 @@ KEPT = (10, 10, 3, 3)
 
 
 class DCTCodec(nn.Module):
-    """Target pictures [B, K, H, W] <-> latents [B, sum(kept), H / 8, W / 8]; `kept` coefficients per plane, in zigzag order."""
+    """Target pictures [B, K, H, W] <-> latents [B, sum(kept), H / 8, W / 8].
+
+    `kept`: how many coefficients of each plane stay, diagonal by diagonal from the lowest.
+    """
 
     def __init__(self, kept: tuple[int, ...] = KEPT) -> None:
         super().__init__()
@@ -38,7 +41,7 @@ class DCTCodec(nn.Module):
 
 
 def dct_basis() -> np.ndarray:
-    """Orthonormal 2-D DCT-II basis pictures [64, 8, 8], lowest frequencies first."""
+    """Orthonormal 2-D DCT-II basis pictures [64, 8, 8], lowest diagonals (row + column frequency) first."""
     k, n = np.indices((BLOCK, BLOCK))
     rows = np.cos(np.pi * (n + 0.5) * k / BLOCK) * np.sqrt(2 / BLOCK)
     rows[0] /= np.sqrt(2)

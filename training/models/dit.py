@@ -141,10 +141,19 @@ class PatchEmbed(nn.Module):
 
 
 class DiT(nn.Module):
-    """Class-conditional DiT, as published. forward: x [B, C, h, w], t [B], y [B] -> [B, C or 2C, h, w]."""
+    """Class-conditional DiT, as published. forward: x [B, C, h, w], t [B], y [B] -> [B, C or 2C, h, w].
+
+    `grid`: tokens per edge (h = w = grid * patch). `labels` counts the null label too.
+    """
 
     def __init__(
-        self, size: Size, channels: int = 4, patch: int = 2, labels: int = 1001, grid: int = 16, learn_sigma: bool = True
+        self,
+        size: Size,
+        channels: int = 4,
+        patch: int = 2,
+        labels: int = 1001,
+        grid: int = 16,
+        learn_sigma: bool = True,
     ) -> None:
         super().__init__()
         self.patch, self.out_channels = patch, channels * (2 if learn_sigma else 1)

@@ -1,4 +1,4 @@
-"""The default model: a conditioning encoder that runs once per request, and a light DiT that runs steps x members times.
+"""The default model: a conditioning encoder that runs once per request, a light DiT that runs steps x members times.
 
     encoder(image, prompt, task)               -> context [B, D, H/16, W/16], detail [B, 32, H/8, W/8]
     denoiser(latent, timestep, task, context, detail) -> v [B, C, H/8, W/8]
@@ -17,8 +17,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.models.dit import (
-    Attention, DiTBlock, FinalLayer, LabelEmbedder, Mlp, Size, TimestepEmbedder, sincos_positions, unpatchify,
-)  # fmt: skip
+    Attention,
+    DiTBlock,
+    FinalLayer,
+    LabelEmbedder,
+    Mlp,
+    Size,
+    TimestepEmbedder,
+    sincos_positions,
+    unpatchify,
+)
 
 TASKS = ("depth", "flow", "amodal")
 POSITION_SPAN = 16.0
@@ -82,7 +90,7 @@ class Stem(nn.Module):
 
 
 class Matcher(nn.Module):
-    """Two frames' features -> motion features [B, eighth, H/8, W/8] and a first guess [B, 2, H/8, W/8] in eighth-cells."""
+    """Two frames' features -> motion features [B, eighth, H/8, W/8], a first guess [B, 2, H/8, W/8] in eighth-cells."""
 
     RADIUS = 2
 
@@ -197,7 +205,7 @@ class RoutedPatchEmbed(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """A DiT on patches of 2 x 2 latent cells. It predicts what a linear denoiser cannot: v = skip * z + gain * F(z, ...).
+    """A DiT on patches of 2 x 2 latent cells. It predicts what a linear one cannot: v = skip * z + gain * F(z, ...).
 
     With data of variance s^2 per channel and z = a x + b e, the best linear estimate of v = a e - b x is
     skip = a b (1 - s^2) / (a^2 s^2 + b^2), and the rest has deviation gain = s / sqrt(a^2 s^2 + b^2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 TEXTURE_PX = 256
 CUTOUT_PX = 224
+TRIES = 100
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
@@ -24,27 +25,61 @@ class Assets:
     cutouts: NDArray[np.uint8]
 
 
-def load(photos: Sequence[Path], cutouts: Sequence[Path], rng: np.random.Generator, textures: int, stamps: int) -> Assets:
-    """A random choice from the folders' pictures; procedural ones fill a quarter of the textures, or all without photos."""
+def load(
+    photos: Sequence[Path], cutouts: Sequence[Path], rng: np.random.Generator, textures: int, stamps: int
+) -> Assets:
+    """A random choice from the folders' pictures; a quarter of the textures, or all without photos, are procedural.
+
+    Raises FileNotFoundError for a folder without pictures, ValueError where hardly any picture can be used.
+    """
     made = textures if not photos else textures // 4
     sheets = [procedural_texture(rng) for _ in range(made)]
-    files = pictures_in(photos)
-    while len(sheets) < textures:
-        picture = cv2.imread(str(files[rng.integers(len(files))]), cv2.IMREAD_COLOR)
-        if picture is not None and min(picture.shape[:2]) >= 32:
-            sheets.append(_random_square(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), rng))
-    return Assets(np.stack(sheets), np.stack(_stamps(pictures_in(cutouts), rng, stamps)))
+    if photos:
+        sheets += _choose(pictures_in(photos), rng, textures - made, lambda file: _photo(file, rng))
+    cut = _choose(pictures_in(cutouts), rng, stamps, _cutout) if cutouts else [_blob(rng) for _ in range(stamps)]
+    return Assets(np.stack(sheets), np.stack(cut))
 
 
 def pictures_in(folders: Sequence[Path]) -> list[Path]:
     """Every picture below the folders, sorted. A glob pattern in the last part of a path is honoured."""
     found: list[Path] = []
     for folder in folders:
-        if any(c in folder.name for c in "*?["):
-            found += folder.parent.glob(folder.name)
-        else:
-            found += folder.rglob("*")
-    return sorted(path for path in found if path.suffix.lower() in _SUFFIXES)
+        pattern = any(c in folder.name for c in "*?[")
+        paths = folder.parent.glob(folder.name) if pattern else folder.rglob("*")
+        pictures = [path for path in paths if path.suffix.lower() in _SUFFIXES]
+        if not pictures:
+            raise FileNotFoundError(f"no pictures in {folder}")
+        found += pictures
+    return sorted(found)
+
+
+def _choose(
+    files: list[Path], rng: np.random.Generator, count: int, read: Callable[[Path], NDArray[np.uint8] | None]
+) -> list[NDArray[np.uint8]]:
+    """`count` random files, read; where `read` has no use for one (None), another is drawn."""
+    chosen: list[NDArray[np.uint8]] = []
+    for _ in range(TRIES * count):
+        picture = read(files[rng.integers(len(files))])
+        if picture is not None:
+            chosen.append(picture)
+        if len(chosen) == count:
+            return chosen
+    raise ValueError(f"hardly any of the {len(files)} pictures beside {files[0].name} can be used")
+
+
+def _photo(file: Path, rng: np.random.Generator) -> NDArray[np.uint8] | None:
+    picture = cv2.imread(str(file), cv2.IMREAD_COLOR)
+    if picture is None or min(picture.shape[:2]) < 32:
+        return None
+    return _random_square(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), rng)
+
+
+def _cutout(file: Path) -> NDArray[np.uint8] | None:
+    """RGBA with an object that fills at least a twentieth of the picture."""
+    stamp = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
+    if stamp is None or stamp.dtype != np.uint8 or stamp.ndim != 3 or stamp.shape[2] != 4:
+        return None
+    return centre(cv2.cvtColor(stamp, cv2.COLOR_BGRA2RGBA)) if (stamp[..., 3] > 127).mean() >= 0.05 else None
 
 
 def _random_square(picture: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
@@ -53,19 +88,6 @@ def _random_square(picture: NDArray[np.uint8], rng: np.random.Generator) -> NDAr
     left = rng.integers(picture.shape[1] - edge + 1)
     crop = np.rot90(picture[top : top + edge, left : left + edge], rng.integers(4))
     return cv2.resize(np.ascontiguousarray(crop), (TEXTURE_PX, TEXTURE_PX), interpolation=cv2.INTER_AREA)
-
-
-def _stamps(files: list[Path], rng: np.random.Generator, count: int) -> list[NDArray[np.uint8]]:
-    stamps: list[NDArray[np.uint8]] = []
-    while len(stamps) < count:
-        if not files:
-            stamps.append(_blob(rng))
-            continue
-        stamp = cv2.imread(str(files[rng.integers(len(files))]), cv2.IMREAD_UNCHANGED)
-        if stamp is None or stamp.ndim != 3 or stamp.shape[2] != 4 or (stamp[..., 3] > 127).mean() < 0.05:
-            continue
-        stamps.append(centre(cv2.cvtColor(stamp, cv2.COLOR_BGRA2RGBA)))
-    return stamps
 
 
 def centre(rgba: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -28,8 +28,8 @@ class FlowPair:
 
 @dataclass(frozen=True)
 class Hidden:
-    """A picture [H, W, 3] with one object in it: `visible` and `whole` masks [H, W] bool, `whole_rgb` [H, W, 3] the object
-    unhidden (meaningless outside `whole`)."""
+    """A picture [H, W, 3] with one object in it: `visible` and `whole` masks [H, W] bool, `whole_rgb` [H, W, 3] the
+    object unhidden (meaningless outside `whole`)."""
 
     picture: Picture
     visible: NDArray[np.bool_]
@@ -74,7 +74,8 @@ def hidden_object(assets: Assets, rng: np.random.Generator, size: int) -> Hidden
                 front = _random_layer(assets, rng, size, near=whole)
                 _paste(picture, front)
                 visible &= ~(front[..., 3] > 127)
-        if 0.25 < visible.sum() / whole.sum() and (rng.random() < 0.3 or visible.sum() / whole.sum() < 0.97):
+        share = visible.sum() / whole.sum()
+        if share > 0.25 and (rng.random() < 0.3 or share < 0.97):
             picture, rgb = _develop([picture, np.ascontiguousarray(layer[..., :3])], rng)
             return Hidden(picture, visible, whole, rgb)
 

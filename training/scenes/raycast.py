@@ -23,8 +23,7 @@ FAR = 1e6
 
 @dataclass(frozen=True)
 class Atlas:
-    """Assets as tensors: `textures` [L, T, 256, 256, 3] float in [0, 1] with L ever blurrier levels; `cutouts`
-    [C, 224, 224, 4]."""
+    """Assets as uint8 tensors: `textures` [L, T, 256, 256, 3] in L ever blurrier levels, `cutouts` [C, 224, 224, 4]."""
 
     textures: Tensor
     cutouts: Tensor
@@ -103,8 +102,8 @@ class World:
 
 @dataclass(frozen=True)
 class Scene:
-    """`first`, `second` [H, W, 3] uint8; `depth` [H, W] float32 metres; `flow` [H, W, 2] float32 pixels; `visible`, `whole`
-    [H, W] bool of one object and `whole_rgb` [H, W, 3] uint8, or None where no object was fit to ask about."""
+    """`first`, `second` [H, W, 3] uint8; `depth` [H, W] float32 metres; `flow` [H, W, 2] float32 pixels; `visible`,
+    `whole` [H, W] bool of one object and `whole_rgb` [H, W, 3] uint8, or None where no object was fit to ask about."""
 
     first: np.ndarray
     second: np.ndarray
@@ -274,14 +273,22 @@ def _flow(world: World, rays: Tensor, depth: Tensor, index: Tensor, size: int) -
 
 
 def _half_hidden(
-    world: World, hits: Tensor, index: Tensor, rays: Tensor, atlas: Atlas, radiance: Tensor, size: int, rng: np.random.Generator
+    world: World,
+    hits: Tensor,
+    index: Tensor,
+    rays: Tensor,
+    atlas: Atlas,
+    radiance: Tensor,
+    size: int,
+    rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | tuple[None, None, None]:
     """Choose one solid that is partly hidden (or, rarely, not at all) and shade it as if alone."""
     whole = hits < FAR
     whole[:, 0] = False
     visible = torch.nn.functional.one_hot(index, hits.shape[1]).bool() & whole
     area, share = whole.float().mean(0), visible.sum(0) / whole.sum(0).clamp(min=1)
-    good = (area > 0.01) & (area < 0.5) & (share > 0.25) & ((share < 0.97) | (torch.from_numpy(rng.random(len(area))) < 0.15))
+    welcome_whole = torch.from_numpy(rng.random(len(area))) < 0.15
+    good = (area > 0.01) & (area < 0.5) & (share > 0.25) & ((share < 0.97) | welcome_whole)
     choices = torch.nonzero(good)[:, 0].tolist()
     if not choices:
         return None, None, None

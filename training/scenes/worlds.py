@@ -12,8 +12,19 @@ import torch
 from torch import Tensor
 
 from training.scenes.raycast import (
-    BOX, CARD, CYLINDER, ELLIPSOID, Atlas, Camera, Light, Solids, World, tilt, turned, upright,
-)  # fmt: skip
+    BOX,
+    CARD,
+    CYLINDER,
+    ELLIPSOID,
+    Atlas,
+    Camera,
+    Light,
+    Solids,
+    World,
+    tilt,
+    turned,
+    upright,
+)
 
 Rng = np.random.Generator
 
@@ -98,7 +109,8 @@ def room(atlas: Atlas, rng: Rng, size: int) -> World:
     eye = torch.tensor([rng.uniform(-0.5, 0.5) * w, rng.uniform(-0.5, 0.6) * h, -d * rng.uniform(0.3, 0.95)])
     camera = _camera(eye, rng, size, pitch=rng.normal(0.12, 0.17), yaw=rng.normal(0, 0.4))
     lamp = torch.tensor([rng.uniform(-0.6, 0.6) * w, -0.9 * h, rng.uniform(-0.6, 0.6) * d])
-    return _world(b, camera, rng, Light(lamp.float(), False, rng.uniform(0.35, 0.7), _warmth(rng), rng.random() < 0.5), None, 40.0)
+    light = Light(lamp.float(), False, rng.uniform(0.35, 0.7), _warmth(rng), rng.random() < 0.5)
+    return _world(b, camera, rng, light, None, 40.0)
 
 
 def street(atlas: Atlas, rng: Rng, size: int) -> World:
@@ -120,7 +132,8 @@ def street(atlas: Atlas, rng: Rng, size: int) -> World:
         crown = rng.uniform(0.8, 2.2)
         b.add(ELLIPSOID, [x, floor - tall - crown * 0.8, z], [crown, crown, crown])
     for _ in range(rng.integers(0, 6)):  # cars: a body and a cabin
-        x, z, yaw = rng.uniform(-gap, gap), rng.uniform(5, 40), rng.normal(0, 0.1) + rng.choice([0, np.pi / 2], p=[0.8, 0.2])
+        x, z = rng.uniform(-gap, gap), rng.uniform(5, 40)
+        yaw = rng.normal(0, 0.1) + rng.choice([0, np.pi / 2], p=[0.8, 0.2])
         b.stand(BOX, x, z, floor - 0.25, [0.85, 0.35, 2.0], yaw)
         b.stand(BOX, x, z, floor - 0.95, [0.75, 0.28, 1.1], yaw)
     for _ in range(rng.integers(0, 6)):
@@ -146,9 +159,11 @@ def table_top(atlas: Atlas, rng: Rng, size: int) -> World:
         b.stand(kind, rng.normal(0, 0.35), rng.uniform(0.35, min(depth, 1.8)), floor, list(half))
     for _ in range(rng.integers(0, 4)):
         _person(b, rng.normal(0, 0.4), rng.uniform(0.5, min(depth, 2)), floor, rng.uniform(0.1, 0.3))
-    camera = _camera(torch.tensor([rng.normal(0, 0.1), 0.0, -0.3]), rng, size, pitch=rng.uniform(0, 0.9), yaw=rng.normal(0, 0.2))
+    eye = torch.tensor([rng.normal(0, 0.1), 0.0, -0.3])
+    camera = _camera(eye, rng, size, pitch=rng.uniform(0, 0.9), yaw=rng.normal(0, 0.2))
     lamp = torch.tensor([rng.normal(0, 1), -rng.uniform(0.8, 1.8), rng.uniform(-0.5, 1.5)]).float()
-    return _world(b, camera, rng, Light(lamp, False, rng.uniform(0.4, 0.7), _warmth(rng), rng.random() < 0.7), None, 20.0)
+    light = Light(lamp, False, rng.uniform(0.4, 0.7), _warmth(rng), rng.random() < 0.7)
+    return _world(b, camera, rng, light, None, 20.0)
 
 
 KINDS: tuple[tuple[Callable[[Atlas, Rng, int], World], float], ...] = ((room, 0.5), (street, 0.25), (table_top, 0.25))

@@ -1,0 +1,160 @@
+"""What multiplies the matrices: ONNX Runtime or OpenVINO behind a small protocol. Each is imported when asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saccade.backends import bf16
+from saccade.errors import ModelError
+
+Feeds = Mapping[str, NDArray[Any]]
+log = logging.getLogger(__name__)
+
+ENGINES = ("openvino", "onnxruntime")
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output of a graph: its sizes, -1 where free, and its NumPy type's name."""
+
+    dims: tuple[int, ...]
+    dtype: str
+
+
+class Engine(Protocol):
+    """A compiled graph. `run` may be called from any thread; it lets the others run meanwhile."""
+
+    @property
+    def inputs(self) -> Mapping[str, Port]: ...
+
+    @property
+    def outputs(self) -> Mapping[str, Port]: ...
+
+    def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
+        """Every input by name -> every output by name, in arrays of their own."""
+        ...
+
+
+def choose(engine: str, precision: str) -> tuple[str, str]:
+    """Resolve 'auto': OpenVINO where installed, else ONNX Runtime; bf16 where engine and processor have it, else fp32.
+
+    Raises ModelError for an engine that is not installed and for a precision that it does not have.
+    """
+    if engine not in ("auto", *ENGINES):
+        raise ModelError(f"no such engine: {engine!r}; use auto, {', '.join(ENGINES)}")
+    if precision not in ("auto", *PRECISIONS):
+        raise ModelError(f"no such precision: {precision!r}; use auto, {', '.join(PRECISIONS)}")
+    found = [name for name in ENGINES if engine in ("auto", name) and importlib.util.find_spec(name)]
+    if not found:
+        wanted = "no engine is installed" if engine == "auto" else f"the engine {engine} is not installed"
+        raise ModelError(f"{wanted}: pip install 'saccade[cpu]'")
+    if precision == "bf16" and found[0] != "openvino":
+        raise ModelError("ONNX Runtime multiplies in fp32 alone on a CPU: use the engine openvino for bf16")
+    if precision == "auto":
+        precision = "bf16" if found[0] == "openvino" and has_bf16() else "fp32"
+    return found[0], precision
+
+
+def open_engine(file: Path, engine: str, precision: str, threads: int) -> Engine:
+    """Compile a graph, with names as `choose` gives them. Raises ModelError for a file that is not a graph."""
+    try:
+        return OpenVino(file, precision, threads) if engine == "openvino" else OnnxRuntime(file, threads)
+    except Exception as error:  # every engine has its own
+        told = _first_line(error).replace(f"{file.parents[2]}/", "")
+        raise ModelError(f"{engine} cannot load {'/'.join(file.parts[-3:])}: {told}") from error
+
+
+class OnnxRuntime:
+    """fp32, one operation after another, `threads` threads in each."""
+
+    def __init__(self, file: Path, threads: int) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+        options.log_severity_level = 4  # what fails is raised, not printed
+        self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        self.inputs = {port.name: _ort_port(port) for port in self._session.get_inputs()}
+        self.outputs = {port.name: _ort_port(port) for port in self._session.get_outputs()}
+
+    def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
+        return dict(zip(self.outputs, self._session.run(None, dict(feeds)), strict=True))
+
+
+class OpenVino:
+    """fp32, or bf16 in linear layers and convolutions as `saccade.backends.bf16` says."""
+
+    def __init__(self, file: Path, precision: str, threads: int) -> None:
+        import openvino
+
+        core = openvino.Core()
+        model = core.read_model(str(file))
+        self.inputs = {port.any_name: _ov_port(port) for port in model.inputs}
+        self.outputs = {port.any_name: _ov_port(port) for port in model.outputs}
+        self.lowered = bf16.narrow(model) if precision == "bf16" else 0
+        properties = {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "INFERENCE_NUM_THREADS": threads,
+            "ENABLE_CPU_PINNING": False,  # several processes of one machine would pin to the same cores
+        }
+        self._request = core.compile_model(model, "CPU", properties).create_infer_request()
+        self._one_at_a_time = threading.Lock()
+        log.debug("%s: %d layers in bf16", "/".join(file.parts[-3:]), self.lowered)
+
+    def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
+        whole = {name: np.ascontiguousarray(value) for name, value in feeds.items()}
+        with self._one_at_a_time:
+            results = self._request.infer(whole, share_inputs=True)
+        return dict(zip(self.outputs, results.to_tuple(), strict=True))
+
+
+def _ort_port(port: Any) -> Port:
+    names = {"tensor(float)": "float32", "tensor(int64)": "int64"}
+    return Port(tuple(size if isinstance(size, int) else -1 for size in port.shape), names.get(port.type, port.type))
+
+
+def _ov_port(port: Any) -> Port:
+    dims = tuple(size.get_length() if size.is_static else -1 for size in port.get_partial_shape())
+    return Port(dims, np.dtype(port.get_element_type().to_dtype()).name)
+
+
+def default_threads() -> int:
+    """Physical cores that this process may use, and no more than its control group's share of time allows."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    cores = {_read(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") or str(cpu) for cpu in allowed}
+    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
+    if quota.isdigit() and period.isdigit():
+        return max(1, min(len(cores), -(-int(quota) // int(period))))
+    return max(1, len(cores))
+
+
+def has_bf16() -> bool:
+    """Whether the processor multiplies in bf16 by itself."""
+    return bool({"avx512_bf16", "amx_bf16"} & set(_read("/proc/cpuinfo").split()))
+
+
+def _read(file: str) -> str:
+    """A system file's text; empty where the system has none."""
+    try:
+        return Path(file).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200] or type(error).__name__

@@ -1,0 +1,85 @@
+"""What every way of asking shares: pictures as people hold them, options as keywords."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from saccade.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from saccade.ensemble import Reduction
+    from saccade.schedule import Spacing
+
+ImageLike = str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]
+
+# People's own pictures are not a stranger's: more than a server takes, and less than Pillow warns of.
+MAX_PIXELS = 80_000_000
+
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+
+
+class Choices(TypedDict, total=False):
+    """The fields of `saccade.pipeline.Options`, where they are described. What is left out or None is the model's own
+    default."""
+
+    steps: int | None
+    ensemble_size: int | None
+    reduction: Reduction | None
+    seed: int
+    spacing: Spacing | None
+    processing_resolution: int | None
+    match_input_resolution: bool
+    output_uncertainty: bool
+
+
+def to_bytes(image: ImageLike, param: str) -> bytes:
+    """A picture file's bytes: read from a path, as given, or a lossless file made of what is in memory.
+
+    Arrays are uint8 [H, W], [H, W, 3] or [H, W, 4], or bool [H, W]. Raises InvalidInput that names `param`.
+    """
+    if isinstance(image, bytes | bytearray | memoryview):
+        return bytes(image)
+    if isinstance(image, str | os.PathLike):
+        return _read(Path(image), param)
+    if isinstance(image, np.ndarray):
+        return _save(_from_array(image, param), param)
+    if isinstance(image, Image.Image):
+        return _save(image, param)
+    raise InvalidInput(
+        f"{param} must be a path, bytes, a PIL image or an array, not {type(image).__name__}", param=param
+    )
+
+
+def _read(path: Path, param: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidInput(f"cannot read {path}: {error.strerror or error}", param=param) from error
+
+
+def _from_array(array: NDArray[Any], param: str) -> Image.Image:
+    levels = array.astype(np.uint8) * np.uint8(255) if array.dtype == np.bool_ else array
+    if levels.dtype != np.uint8 or levels.shape[2:] not in ((), (3,), (4,)) or levels.ndim < 2 or 0 in levels.shape:
+        raise InvalidInput(
+            f"{param} must be uint8 [H, W], [H, W, 3] or [H, W, 4], or bool [H, W]; it is {array.dtype} {array.shape}",
+            param=param,
+        )
+    return Image.fromarray(np.ascontiguousarray(levels))
+
+
+def _save(image: Image.Image, param: str) -> bytes:
+    """PNG, or TIFF for the modes that PNG lacks. Upright, because neither carries an orientation here."""
+    out = io.BytesIO()
+    try:
+        upright = ImageOps.exif_transpose(image)
+        upright.save(out, "PNG" if image.mode in _PNG_MODES else "TIFF", compress_level=1)
+    except (OSError, ValueError, KeyError) as error:
+        raise InvalidInput(f"{param} cannot be read as a picture of mode {image.mode}: {error}", param=param) from error
+    return out.getvalue()

@@ -1,0 +1,463 @@
+"""The command `saccade`. Whatever is heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
+
+import typer
+
+from saccade import __version__
+from saccade.errands import Errand, Format, Task, plan
+from saccade.errors import InvalidInput, ModelError, SaccadeError, ServerError
+
+if TYPE_CHECKING:
+    from saccade.card import Card
+    from saccade.client import Client
+    from saccade.local import Local
+    from saccade.pipeline import Answer
+
+BAD_INPUT, FAILED = 2, 1
+INTERRUPTED = 130
+HERE = ("engine", "precision", "threads", "batch_size")
+Command = Callable[..., None]
+
+LOOK: dict[str, Any] = {
+    "add_completion": False,
+    "rich_markup_mode": None,
+    "pretty_exceptions_enable": False,
+    "context_settings": {"help_option_names": ["-h", "--help"], "max_content_width": 120},
+}
+
+app = typer.Typer(name="saccade", no_args_is_help=True, **LOOK)
+
+MODELS = "the model's"
+Steps = Annotated[int | None, typer.Option(help="DDIM steps.", show_default=MODELS)]
+Members = Annotated[int | None, typer.Option(help="Members, each from its own noise.", show_default=MODELS)]
+Reduction = Annotated[
+    Literal["aligned_median", "median", "mean"] | None,
+    typer.Option(help="How members become one; aligned_median is depth's alone.", show_default=MODELS),
+]
+Seed = Annotated[int, typer.Option(help="Of the noise: the same seed gives the same answer.")]
+Resolution = Annotated[
+    int | None,
+    typer.Option(help="Longer edge in pixels that the model sees; 0 keeps the picture's.", show_default=MODELS),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Where:
+    """Which model answers."""
+
+    url: Annotated[
+        str | None,
+        typer.Option(envvar="SACCADE_URL", help="Ask this server instead of running the model in this process."),
+    ] = None
+    model_repository: Annotated[
+        Path | None, typer.Option(help="Folder of models.", show_default="./model_repository, else the packaged one")
+    ] = None
+    model: Annotated[str | None, typer.Option(help="Model of the repository.", show_default="its only one")] = None
+
+    def __post_init__(self) -> None:
+        given = [
+            f.name
+            for f in fields(self)
+            if f.name in ("model_repository", "model", *HERE) and getattr(self, f.name) != f.default
+        ]
+        if self.url is not None and given:
+            names = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise InvalidInput(
+                f"the server at {self.url} has its own settings: leave out {names}, or --url", param="url"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking(Where):
+    """How a question is asked, and how its answer is written."""
+
+    format: Annotated[
+        Format | None, typer.Option(help="File format.", show_default="by the ending of -o, else png")
+    ] = None
+    render: Annotated[
+        Literal["data", "color", "object"] | None,
+        typer.Option(
+            help="What a PNG shows: a picture in colours, the completed object (amodal), or data: 16-bit depth, "
+            "KITTI flow, a 0/255 mask.",
+            show_default="object for amodal, else color",
+        ),
+    ] = None
+    steps: Steps = None
+    ensemble_size: Members = None
+    reduction: Reduction = None
+    seed: Seed = 0
+    spacing: Annotated[
+        Literal["leading", "linspace", "trailing"] | None,
+        typer.Option(help="Spacing of the timesteps.", show_default=MODELS),
+    ] = None
+    processing_resolution: Resolution = None
+    match_input_resolution: Annotated[bool, typer.Option(help="Bring the answer back to the picture's size.")] = True
+    output_uncertainty: Annotated[
+        bool, typer.Option("--output-uncertainty", help="Add the members' spread (formats npz, exr, json).")
+    ] = False
+    engine: Annotated[
+        Literal["auto", "openvino", "onnxruntime"], typer.Option(help="What runs the model in this process.")
+    ] = "auto"
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16"], typer.Option(help="Arithmetic of the model's linear layers in this process.")
+    ] = "auto"
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of the engine.", show_default="the physical cores")
+    ] = None
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows in a batch in this process.", show_default="measured")
+    ] = None
+
+    def choices(self) -> dict[str, Any]:
+        names = ("steps", "ensemble_size", "reduction", "seed", "spacing", "processing_resolution")
+        return {name: getattr(self, name) for name in (*names, "match_input_resolution", "output_uncertainty")}
+
+
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        "-o",
+        help="File; of several pictures the folder.",
+        show_default="in this folder: NAME_TASK.png, or FOLDER_TASK/",
+    ),
+]
+
+
+def taking(kind: type[Any]) -> Callable[[Command], Command]:
+    """Give a command the fields of the dataclass `kind` as options; it receives them as one, its last argument."""
+
+    def decorate(command: Command) -> Command:
+        signature = inspect.signature(command, eval_str=True)
+        hints = get_type_hints(kind, include_extras=True)
+        own = list(signature.parameters.values())[:-1]
+        more = [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
+            for f in fields(kind)
+        ]
+
+        def run(**given: Any) -> None:
+            options = kind(**{f.name: given.pop(f.name) for f in fields(kind)})
+            command(*given.values(), options)
+
+        run.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in (*own, *more)}
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        return run
+
+    return decorate
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"saccade {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Depth, motion and whole objects from pictures: in this process, or by a server with --url."""
+
+
+Pictures = Annotated[list[Path], typer.Argument(metavar="PICTURE", help="Pictures, or folders of them.")]
+
+
+@app.command()
+@taking(Asking)
+def depth(pictures: Pictures, out: Out = None, asking: Asking = Asking()) -> None:
+    """How far everything is.
+
+    \b
+    saccade depth photo.jpg -o depth.png    a picture: near is red, far is violet
+    saccade depth photo.jpg -o depth.npy    [H, W] float32, 0 nearest, 1 farthest
+    saccade depth photos/ -o depths/        one for each picture of the folder
+    """
+    _answer("depth", plan("depth", pictures, out=out, format=asking.format), asking)
+
+
+@app.command()
+@taking(Asking)
+def flow(
+    frames: Annotated[list[Path], typer.Argument(metavar="FRAME", help="Two frames or more, or a folder of them.")],
+    out: Out = None,
+    asking: Asking = Asking(),
+) -> None:
+    """Where everything moved from each frame to the next.
+
+    \b
+    saccade flow a.png b.png -o motion.png  a picture: hue is the direction, strength the speed
+    saccade flow a.png b.png -o motion.flo  Middlebury's file; .npy is [H, W, 2], pixels right and down
+    saccade flow frames/ -o motion/         every two neighbours, in the order of their names
+    """
+    _answer("flow", plan("flow", frames, out=out, format=asking.format), asking)
+
+
+@app.command()
+@taking(Asking)
+def amodal(
+    pictures: Pictures,
+    mask: Annotated[
+        Path, typer.Option(help="White where the object is seen; or a folder of masks named as the pictures.")
+    ],
+    out: Out = None,
+    asking: Asking = Asking(),
+) -> None:
+    """The whole of a half-hidden object.
+
+    \b
+    saccade amodal photo.jpg --mask seen.png -o object.png    the completed object, cut out
+    saccade amodal photo.jpg --mask seen.png -o whole.npy     its mask, [H, W] bool
+    saccade amodal photos/ --mask masks/ -o objects/          masks are named as the pictures
+    """
+    _answer("amodal", plan("amodal", pictures, mask=mask, out=out, format=asking.format), asking)
+
+
+@app.command()
+@taking(Where)
+def models(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole cards.")] = False,
+    where: Where = Where(),
+) -> None:
+    """What can be run: names, tasks, defaults, licence."""
+    cards = _cards(where)
+    if as_json:
+        typer.echo(json.dumps([card.model_dump(mode="json") for card in cards], indent=2))
+    else:
+        _print_cards(cards)
+
+
+@app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def serve(context: typer.Context) -> None:
+    """Answer over HTTP until stopped."""
+    from server.settings import PREFIX, Settings
+
+    def start(**flags: Any) -> None:
+        settings = Settings.load(**flags)
+        from server import app
+
+        app.serve(settings)
+
+    options = [_option("config", Path, f"A TOML file of settings. [{PREFIX}CONFIG]")]
+    for name, setting in Settings.model_fields.items():
+        told = f"{setting.description} [{PREFIX}{name.upper()}]"
+        options.append(_option(name, setting.annotation, told, setting.default))
+    start.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    start.__annotations__ = {option.name: option.annotation for option in options}
+    start.__doc__ = "Answer over HTTP until stopped. Flags win over [the environment], that over the file."
+    serving = typer.Typer(**LOOK)
+    serving.command()(start)
+    serving(context.args, prog_name="saccade serve")
+
+
+def _option(name: str, kind: Any, told: str, default: object = None) -> inspect.Parameter:
+    """A flag that is None unless it is given; `default` is only shown."""
+    shown = False if default is None else str(default)
+    annotation = Annotated[kind | None, typer.Option(help=told, show_default=shown)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+@app.command()
+@taking(Where)
+def evaluate(
+    data: Annotated[Path, typer.Argument(metavar="FOLDER", help="Pictures with truth: depth/, flow/, amodal/.")],
+    task: Annotated[Task | None, typer.Option(help="Only this task.", show_default="all")] = None,
+    steps: Steps = None,
+    ensemble_size: Members = None,
+    reduction: Reduction = None,
+    seed: Seed = 0,
+    processing_resolution: Resolution = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the report and its pictures.")] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Also measure quality against steps and members.")] = False,
+    where: Where = Where(),
+) -> None:
+    """How well the model answers, beside simple and classical methods. Needs the extra `train`."""
+    if not data.is_dir():
+        raise InvalidInput(f"no such folder: {data}", param="data")
+    with _wing():
+        from training import evaluate as evaluation
+    evaluation.main(
+        data,
+        url=where.url,
+        repository=where.model_repository,
+        model=where.model,
+        tasks=(task,) if task else get_args(Task),
+        steps=steps,
+        ensemble_size=ensemble_size,
+        reduction=reduction,
+        seed=seed,
+        processing_resolution=processing_resolution,
+        out=out,
+        run_sweep=sweep,
+    )
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file of training/configs.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; one that was cut short goes on.")],
+) -> None:
+    """Train a model. Needs the extra `train`."""
+    if not recipe.is_file():
+        raise InvalidInput(f"no such file: {recipe}", param="recipe")
+    with _wing():
+        from training import train as training
+    training.main([str(recipe), "--out", str(out)])
+
+
+@contextmanager
+def _wing() -> Iterator[None]:
+    """The training wing stands on packages that serving does without."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise SaccadeError(f"{error.name} is not installed: pip install 'saccade[train]'") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line. Exits with 0, 2 for what the caller can mend, 1 for the rest, 130 after Ctrl-C."""
+    try:
+        app(arguments, prog_name="saccade")
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except (SaccadeError, OSError) as error:
+        _complain(error)
+        sys.exit(_exit_code(error))
+
+
+def _complain(error: BaseException, about: str = "") -> None:
+    sys.stderr.write(f"saccade: {about}{_said(error)}\n")  # typer.echo would write across the progress bar
+
+
+def _said(error: BaseException) -> str:
+    said = [str(error) or type(error).__name__, *getattr(error, "__notes__", ())]
+    return " ".join(" ".join(said).split())
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, ServerError):
+        return BAD_INPUT if 400 <= error.status < 500 and error.status not in (408, 429) else FAILED
+    return BAD_INPUT if isinstance(error, InvalidInput) else FAILED
+
+
+@contextmanager
+def _model(asking: Asking) -> Iterator[Client | Local]:
+    if asking.url is None:
+        from saccade.local import Local
+
+        with Local(asking.model_repository, asking.model, **{name: getattr(asking, name) for name in HERE}) as local:
+            yield local
+        return
+    from saccade.client import Client
+
+    with Client(asking.url) as client:
+        yield client
+
+
+def _answer(task: Task, errands: Sequence[Errand], asking: Asking) -> None:
+    _check(task, errands, asking)
+    with _model(asking) as model:
+        if len(errands) > 1:
+            return _run_all(task, errands, asking, model)
+        _run(task, errands[0], asking, model)
+    typer.echo(errands[0].out)
+
+
+def _run_all(task: Task, errands: Sequence[Errand], asking: Asking, model: Client | Local) -> None:
+    """A picture that cannot be answered is reported, and the rest goes on."""
+    failed = 0
+    with _progress(errands, task) as walk:
+        for errand in walk:
+            try:
+                _run(task, errand, asking, model)
+            except (InvalidInput, ModelError, ServerError) as error:
+                failed += 1
+                _complain(error, f"{errand.pictures['image']}: ")
+    typer.echo(f"{len(errands) - failed} of {len(errands)} written to {errands[0].out.parent}")
+    if failed:
+        raise typer.Exit(FAILED)
+
+
+def _check(task: Task, errands: Sequence[Errand], asking: Asking) -> None:
+    from saccade import render
+
+    style = asking.render or "data"
+    render.check(task, errands[0].format, style, asking.output_uncertainty)
+
+
+def _run(task: Task, errand: Errand, asking: Asking, model: Client | Local) -> None:
+    ask = {"depth": model.depth, "flow": model.flow, "amodal": model.amodal}[task]
+    data = _written(ask(**errand.pictures, **asking.choices()), errand, asking)  # type: ignore[operator]
+    errand.out.parent.mkdir(parents=True, exist_ok=True)
+    errand.out.write_bytes(data)
+
+
+def _written(answer: Answer, errand: Errand, asking: Asking) -> bytes:
+    from saccade import render
+    from saccade.calls import MAX_PIXELS
+    from saccade.formats import read_picture
+
+    style = asking.render or _natural(answer, errand)
+    picture = None
+    if answer.task == "amodal" and style == "color":
+        picture = read_picture(errand.pictures["image"].read_bytes(), max_pixels=MAX_PIXELS)
+    return render.encode(answer, errand.format, style, "npy", picture=picture).data
+
+
+def _natural(answer: Answer, errand: Errand) -> Literal["data", "color", "object"]:
+    """A PNG is to look at; every other format is data."""
+    if errand.format != "png":
+        return "data"
+    return "object" if answer.completed is not None else "color"
+
+
+@contextmanager
+def _progress(errands: Sequence[Errand], task: Task) -> Iterator[Iterable[Errand]]:
+    """The errands, with a bar where somebody looks."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        yield bar.track(errands, description=task)
+
+
+def _cards(where: Where) -> list[Card]:
+    if where.url is not None:
+        from saccade.client import Client
+
+        with Client(where.url) as client:
+            return client.models()
+    from saccade.repository import Repository, find_repository
+
+    repository = Repository(find_repository(where.model_repository))
+    return [repository.card(name) for name in ([where.model] if where.model else repository.denoisers())]
+
+
+def _print_cards(cards: Sequence[Card]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("model", "task", "steps", "members", "reduction", "parameters", "licence", "digest", box=None)
+    for card in cards:
+        facts = (f"{card.parameters / 1e6:.1f} M", card.licence, card.digest[:12])
+        for task, known in card.tasks.items():
+            defaults = known.defaults
+            table.add_row(card.name, task, str(defaults.steps), str(defaults.ensemble_size), defaults.reduction, *facts)
+    console = Console()
+    console.width = console.measure(table, options=console.options.update(width=1000)).maximum  # never cut short
+    console.print(table)

@@ -1,0 +1,91 @@
+"""Fit a picture to a model's size and bring maps back: crop, resize with antialiasing, pad; then the reverse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How one picture meets the model. All in pixels; the model's picture is `padded`, its content the top left `size`.
+
+    `source` is the picture's own (H, W); `box` = (top, left, height, width) the part of it that the model sees.
+    """
+
+    source: tuple[int, int]
+    box: tuple[int, int, int, int]
+    size: tuple[int, int]
+    padded: tuple[int, int]
+
+    @classmethod
+    def plan(
+        cls,
+        source: tuple[int, int],
+        processing_resolution: int,
+        multiple: int,
+        box: tuple[int, int, int, int] | None = None,
+    ) -> Fit:
+        """Longer edge of the box to `processing_resolution` (0 keeps it), each edge then padded up to `multiple`."""
+        box = box or (0, 0, *source)
+        height, width = box[2:]
+        factor = processing_resolution / max(height, width) if processing_resolution else 1.0
+        size = (max(1, round(height * factor)), max(1, round(width * factor)))
+        padded = (-(-size[0] // multiple) * multiple, -(-size[1] // multiple) * multiple)
+        return cls(source, box, size, padded)
+
+    def picture(self, rgb: NDArray[np.uint8]) -> Array:
+        """[H, W, 3] uint8 -> [3, h, w] float32 in [-1, 1], padded by repeating the last row and column."""
+        top, left, height, width = self.box
+        resized = Image.fromarray(rgb[top : top + height, left : left + width]).resize(
+            self.size[::-1], Image.Resampling.BICUBIC
+        )
+        scaled = np.asarray(resized, np.float32).transpose(2, 0, 1) / 127.5 - 1
+        return self._pad(scaled)
+
+    def mask(self, mask: NDArray[np.bool_]) -> Array:
+        """[H, W] bool -> [3, h, w] float32, -1 outside and 1 inside, soft where a pixel is partly covered."""
+        top, left, height, width = self.box
+        coverage = resize(mask[top : top + height, left : left + width].astype(np.float32), self.size)
+        return self._pad(np.repeat(coverage[None] * 2 - 1, 3, axis=0))
+
+    def content(self, planes: Array) -> Array:
+        """[..., h, w] of the model -> [..., h', w'] without the padding."""
+        return planes[..., : self.size[0], : self.size[1]]
+
+    def restore(self, plane: Array, outside: float) -> Array:
+        """[h', w'] content -> [H, W] of the source; `outside` fills what the model did not see."""
+        top, left, height, width = self.box
+        inner = resize(plane, (height, width))
+        if (height, width) == self.source:
+            return inner
+        full = np.full(self.source, outside, np.float32)
+        full[top : top + height, left : left + width] = inner
+        return full
+
+    def _pad(self, planes: Array) -> Array:
+        (height, width), (padded_height, padded_width) = self.size, self.padded
+        return np.pad(planes, ((0, 0), (0, padded_height - height), (0, padded_width - width)), mode="edge")
+
+
+def resize(plane: Array, size: tuple[int, int]) -> Array:
+    """[h, w] float32 -> [size] float32, bilinear, antialiased when shrinking."""
+    if plane.shape == size:
+        return plane.astype(np.float32)
+    return np.asarray(Image.fromarray(plane.astype(np.float32)).resize(size[::-1], Image.Resampling.BILINEAR))
+
+
+def context_box(mask: NDArray[np.bool_], context: float) -> tuple[int, int, int, int]:
+    """Bounding box (top, left, height, width) of a non-empty mask, widened on every side by `context` times its longer
+    side and cut at the picture's border."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    margin = round(context * max(rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1))
+    top, left = max(0, int(rows[0]) - margin), max(0, int(columns[0]) - margin)
+    bottom = min(mask.shape[0], int(rows[-1]) + 1 + margin)
+    right = min(mask.shape[1], int(columns[-1]) + 1 + margin)
+    return top, left, bottom - top, right - left

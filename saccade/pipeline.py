@@ -1,0 +1,285 @@
+"""One request's life: fit -> encode -> denoise loop -> decode -> ensemble -> unfit.
+
+Batching is not visible here: every member of every request awaits the same denoiser, and the backend packs what waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from saccade import ddim, ensemble
+from saccade.backends import Array, Backend, Conditioning, Labels, Ticket
+from saccade.card import Card
+from saccade.errors import InvalidInput
+from saccade.fit import Fit, context_box
+from saccade.schedule import Spacing, pairs, timesteps
+from saccade.tasks import TASKS, AmodalCoding, DepthCoding, FlowCoding, TaskName
+
+Picture = NDArray[np.uint8]
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a caller may turn. None means the card's default for the task.
+
+    `steps` DDIM steps; `ensemble_size` members; `reduction` of the members; `seed` of the noise; `spacing` of the
+    timesteps; `processing_resolution` longer edge in pixels (0: the picture's own); `match_input_resolution` brings the
+    answer back to the picture's size; `output_uncertainty` adds the map of the members' spread.
+    """
+
+    steps: int | None = None
+    ensemble_size: int | None = None
+    reduction: ensemble.Reduction | None = None
+    seed: int = 0
+    spacing: Spacing | None = None
+    processing_resolution: int | None = None
+    match_input_resolution: bool = True
+    output_uncertainty: bool = False
+
+    def resolve(self, card: Card, task: TaskName) -> Resolved:
+        """Fill in the card's defaults. Raises InvalidInput for what the task cannot do."""
+        if task not in card.tasks:
+            raise InvalidInput(f"model {card.name} does not do {task}; it does {', '.join(card.tasks)}", param="task")
+        defaults = card.tasks[task].defaults
+        chosen = {f.name: getattr(self, f.name) for f in fields(self)}
+        chosen |= {k: getattr(defaults, k) for k, v in chosen.items() if v is None}
+        resolved = Resolved(**chosen)
+        resolved.check(card, task)
+        return resolved
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Options with nothing left open."""
+
+    steps: int
+    ensemble_size: int
+    reduction: ensemble.Reduction
+    seed: int
+    spacing: Spacing
+    processing_resolution: int
+    match_input_resolution: bool
+    output_uncertainty: bool
+
+    def check(self, card: Card, task: TaskName) -> None:
+        if self.reduction not in TASKS[task].reductions:
+            allowed = ", ".join(TASKS[task].reductions)
+            raise InvalidInput(f"{task} cannot be reduced by {self.reduction}; use {allowed}", param="reduction")
+        if not 1 <= self.steps <= card.noise.timesteps:
+            raise InvalidInput(f"steps must be 1 to {card.noise.timesteps}", param="steps")
+        if self.ensemble_size < 1:
+            raise InvalidInput("ensemble_size must be at least 1", param="ensemble_size")
+        if self.processing_resolution < 0:
+            raise InvalidInput("processing_resolution must be 0 or more", param="processing_resolution")
+        if not 0 <= self.seed < 2**63:
+            raise InvalidInput("seed must be 0 to 2^63 - 1", param="seed")
+        if self.output_uncertainty and self.ensemble_size < 2:
+            raise InvalidInput(
+                "an uncertainty needs members to differ: ask for ensemble_size >= 2", param="output_uncertainty"
+            )
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A task's pictures: `image` [H, W, 3] uint8; for flow `next_image` of the same size; for amodal `mask` [H, W] of
+    the object's visible part."""
+
+    task: TaskName
+    image: Picture
+    next_image: Picture | None = None
+    mask: Mask | None = None
+
+    def __post_init__(self) -> None:
+        wanted = TASKS[self.task].prompt
+        for name in ("next_image", "mask"):
+            prompt = getattr(self, name)
+            if (prompt is not None) != (name == wanted):
+                raise InvalidInput(f"{self.task} {'needs' if name == wanted else 'takes no'} {name}", param=name)
+            if prompt is not None and prompt.shape[:2] != self.image.shape[:2]:
+                theirs, ours = ("x".join(map(str, p.shape[1::-1])) for p in (prompt, self.image))
+                raise InvalidInput(f"{name} is {theirs} but image is {ours}: resize one to the other", param=name)
+        if self.mask is not None and not self.mask.any():
+            raise InvalidInput("mask is empty: paint the object's visible part white", param="mask")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was seen.
+
+    `prediction`: depth [H, W] float32 in [0, 1], 0 nearest; flow [H, W, 2] float32 in pixels of the map's own size;
+    amodal [H, W] bool, the whole object. `uncertainty`: [H, W] float32 or None. `completed`: for amodal the whole
+    object, [H, W, 4] uint8 RGBA: the picture's own pixels where it is visible, the model's where it is hidden.
+    """
+
+    task: TaskName
+    prediction: NDArray[np.float32] | Mask
+    uncertainty: Array | None
+    completed: Picture | None
+    options: Resolved
+    model: str
+    digest: str
+    timings_ms: dict[str, float] = field(default_factory=dict)
+
+
+class Pipeline:
+    """Answers requests with one model. Holds no state of any request."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.card = backend.card
+
+    def fit(self, inputs: Inputs, options: Resolved) -> Fit:
+        """Where the model looks, and at what size."""
+        coding = self.card.coding(inputs.task)
+        box = None
+        if inputs.mask is not None and isinstance(coding, AmodalCoding) and coding.context is not None:
+            box = context_box(inputs.mask, coding.context)
+        source = (inputs.image.shape[0], inputs.image.shape[1])
+        return Fit.plan(source, options.processing_resolution, self.card.latent.multiple, box)
+
+    async def __call__(self, inputs: Inputs, options: Resolved, ticket: Ticket | None = None) -> Answer:
+        """Answer one request; cancelling withdraws its waiting steps. Raises ModelError or BackendUnavailable."""
+        run = _Run(self.backend, inputs, options, self.fit(inputs, options), ticket or Ticket())
+        with run.timed("encode"):
+            conditioning = await run.encode()
+        with run.timed("denoise"):
+            latents = await _all(run.refine(member, conditioning) for member in range(options.ensemble_size))
+        with run.timed("decode"):
+            planes = await _all(run.decode(latent) for latent in latents)
+        with run.timed("ensemble"):
+            answer = await asyncio.to_thread(run.conclude, np.concatenate(planes))
+        timings = {"queue": run.ticket.queue_s * 1e3, **{k: v * 1e3 for k, v in run.seconds.items()}}
+        return replace(answer, timings_ms=timings)
+
+
+async def _all(coroutines: Iterable[Coroutine[Any, Any, Array]]) -> list[Array]:
+    """Run together; if one fails or the caller leaves, none goes on. Raises the first failure as it is."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(coroutine) for coroutine in coroutines]
+    except BaseExceptionGroup as failures:
+        first = failures.exceptions[0]
+        raise first from first.__cause__
+    return [task.result() for task in tasks]
+
+
+@dataclass
+class _Run:
+    backend: Backend
+    inputs: Inputs
+    options: Resolved
+    fit: Fit
+    ticket: Ticket
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Seconds of the phase without those spent waiting in a queue."""
+        began, queued = time.perf_counter(), self.ticket.queue_s
+        yield
+        self.seconds[phase] = max(0.0, time.perf_counter() - began - (self.ticket.queue_s - queued))
+
+    @property
+    def card(self) -> Card:
+        return self.backend.card
+
+    @property
+    def label(self) -> Labels:
+        return np.array([self.card.tasks[self.inputs.task].label], np.int64)
+
+    async def encode(self) -> Conditioning:
+        image, prompt = await asyncio.to_thread(self.pictures)
+        return await self.backend.encode(image, prompt, self.label, self.ticket)
+
+    def pictures(self) -> tuple[Array, Array]:
+        """Image and prompt as the model takes them, [1, 3, h, w] each; a task without a prompt gets zeros."""
+        image = self.fit.picture(self.inputs.image)
+        prompt = np.zeros_like(image)
+        if self.inputs.next_image is not None:
+            prompt = self.fit.picture(self.inputs.next_image)
+        elif self.inputs.mask is not None:
+            prompt = self.fit.mask(self.inputs.mask)
+        return image[None], prompt[None]
+
+    async def refine(self, member: int, conditioning: Conditioning) -> Array:
+        """One member's way from noise to an estimate, [1, C, h, w]."""
+        latent, noise = self.card.latent, self.card.noise
+        shape = (latent.channels, *(edge // latent.stride for edge in self.fit.padded))
+        z = ddim.noise(self.options.seed, member, shape)[None]
+        for t, t_prev in pairs(timesteps(self.options.steps, self.options.spacing, noise.timesteps)):
+            now, then = np.array([t], np.int64), np.array([t_prev], np.int64)
+            output = await self.backend.denoise(z, now, self.label, conditioning, self.ticket)
+            z = ddim.step(self.card.schedule, noise.prediction, z, output, now, then)
+        return z
+
+    async def decode(self, z: Array) -> Array:
+        return await self.backend.decode(z / np.float32(self.card.latent.scale), self.ticket)
+
+    def conclude(self, pictures: Array) -> Answer:
+        """Target pictures [N, K, h, w] of the members -> the answer."""
+        planes = self.fit.content(pictures)
+        coding = self.card.coding(self.inputs.task)
+        if isinstance(coding, DepthCoding):
+            return self.depth(coding.decode(planes[:, 0]))
+        if isinstance(coding, FlowCoding):
+            return self.flow(coding.decode(planes[:, :2], max(self.fit.size)))
+        return self.amodal(coding, planes)
+
+    def depth(self, members: Array) -> Answer:
+        depth, spread = ensemble.reduce(members, self.options.reduction)
+        near, far = float(depth.min()), float(depth.max())
+        span = far - near if far > near else 1.0
+        return self.answer(np.clip(self.sized((depth - near) / span), 0, 1), self.sized(spread / span))
+
+    def flow(self, members: Array) -> Answer:
+        height, width = self.fit.source if self.options.match_input_resolution else self.fit.size
+        scale = np.array([width / self.fit.size[1], height / self.fit.size[0]], np.float32)
+        flow, spread = ensemble.reduce(np.moveaxis(members, 1, -1) * scale, self.options.reduction)
+        return self.answer(np.stack([self.sized(flow[..., i]) for i in range(2)], axis=-1), self.sized(spread))
+
+    def amodal(self, coding: AmodalCoding, planes: Array) -> Answer:
+        """The visible part belongs to the whole by definition, so it is always part of the answer."""
+        assert self.inputs.mask is not None  # Inputs has seen to it
+        probability, spread = ensemble.reduce(coding.decode_probability(planes[:, 0]), self.options.reduction)
+        visible, image = self.inputs.mask, self.inputs.image
+        if not self.options.match_input_resolution:
+            visible = self.fit.content(self.fit.mask(visible))[0] > 0
+            image = _to_uint8(self.fit.content(self.fit.picture(image)))
+        whole = (self.sized(probability) > 0.5) | visible
+        completed = None
+        if planes.shape[1] >= 4:
+            hidden = coding.decode_rgb(planes[:, 1:4].mean(0))
+            painted = _to_uint8(np.stack([self.sized(plane) for plane in hidden]))
+            rgb = np.where(visible[..., None], image, painted)
+            completed = np.concatenate([rgb, whole[..., None] * np.uint8(255)], axis=-1)
+        return replace(self.answer(whole, self.sized(spread)), completed=completed)
+
+    def sized(self, plane: Array) -> Array:
+        """[h', w'] -> the size the caller wants; nothing is where the model did not look."""
+        return self.fit.restore(plane, 0.0) if self.options.match_input_resolution else plane
+
+    def answer(self, prediction: Array | Mask, uncertainty: Array) -> Answer:
+        return Answer(
+            self.inputs.task,
+            prediction,
+            uncertainty if self.options.output_uncertainty else None,
+            None,
+            self.options,
+            self.card.name,
+            self.card.digest,
+        )
+
+
+def _to_uint8(planes: Array) -> Picture:
+    """[3, H, W] in [-1, 1] -> [H, W, 3]."""
+    levels: Picture = np.clip(np.rint((planes.transpose(1, 2, 0) + 1) * 127.5), 0, 255).astype(np.uint8)
+    return levels

@@ -1,0 +1,98 @@
+"""Who may come in: a bounded queue that counts work, not requests.
+
+The unit is one denoising step of one member on 256 x 256 px. Encoding, decoding and the pictures' own pixels count in
+the same unit, so that many large pictures with few steps fill the queue too (they fill memory).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from saccade.card import Card
+from saccade.fit import Fit
+from saccade.pipeline import Resolved
+from saccade.tasks import TaskName
+
+UNIT_PIXELS = 256 * 256
+ENCODE_STEPS = 4
+DECODE_STEPS = 1
+UNITS_PER_MEGAPIXEL = 4.0
+Size = tuple[int, int]
+
+
+class Overloaded(Exception):
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__("the queue is full")
+        self.retry_after_s = retry_after_s
+
+
+def work(card: Card, task: TaskName, options: Resolved, sizes: Sequence[Size]) -> float:
+    """Units that a request with pictures of `sizes` (H, W) takes; at most, where a mask's crop is not yet known."""
+    height, width = padded(card, task, options, sizes[0])
+    per_step = height * width / UNIT_PIXELS
+    steps = ENCODE_STEPS + options.ensemble_size * (options.steps + DECODE_STEPS)
+    return per_step * steps + UNITS_PER_MEGAPIXEL * sum(h * w for h, w in sizes) / 1e6
+
+
+def padded(card: Card, task: TaskName, options: Resolved, size: Size) -> Size:
+    """The size (H, W) that the model will be given."""
+    edge = options.processing_resolution
+    seen = (edge, edge) if edge and task == "amodal" else size
+    return Fit.plan(seen, edge, card.latent.multiple).padded
+
+
+class Rate:
+    """Units finished per second while there was work, recent work counting most; starts from a guess."""
+
+    def __init__(self, guess: float = 20.0, memory_s: float = 30.0) -> None:
+        self.units, self.seconds, self.memory_s = guess, 1.0, memory_s
+
+    def add(self, units: float, seconds: float) -> None:
+        keep = 0.5 ** (seconds / self.memory_s)
+        self.units = self.units * keep + units
+        self.seconds = self.seconds * keep + seconds
+
+    @property
+    def per_second(self) -> float:
+        return max(self.units / self.seconds, 1e-3)
+
+
+class Admission:
+    def __init__(self, limit: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limit, self.clock = limit, clock
+        self.pending, self.requests = 0.0, 0
+        self.rate = Rate()
+        self._busy_since = 0.0
+
+    @contextmanager
+    def admit(self, cost: float) -> Iterator[None]:
+        """Hold `cost` units while the block runs. Raises Overloaded if they do not fit; alone a request always fits."""
+        if self.requests and self.pending + cost > self.limit:
+            raise Overloaded(self.wait_s(cost))
+        self._enter(cost)
+        finished = False
+        try:
+            yield
+            finished = True
+        finally:
+            self._leave(cost, finished)
+
+    def wait_s(self, cost: float) -> float:
+        """Estimated seconds until `cost` fits, 1 to 600."""
+        surplus = self.pending + min(cost, self.limit) - self.limit
+        return min(600.0, max(1.0, surplus / self.rate.per_second))
+
+    def _enter(self, cost: float) -> None:
+        if not self.requests:
+            self._busy_since = self.clock()
+        self.requests += 1
+        self.pending += cost
+
+    def _leave(self, cost: float, finished: bool) -> None:
+        now = self.clock()
+        self.rate.add(cost if finished else 0.0, now - self._busy_since)
+        self._busy_since = now
+        self.requests -= 1
+        self.pending = self.pending - cost if self.requests else 0.0

@@ -1,0 +1,74 @@
+"""Readiness that does not lie: a real, tiny inference, or proof that real work has just succeeded."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from saccade.errors import SaccadeError
+from saccade.pipeline import Inputs, Options, Pipeline
+from saccade.tasks import TASKS
+
+PROBE_PX = 64
+PROBE_TIMEOUT_S = 10.0
+logger = logging.getLogger(__name__)
+
+
+class Readiness:
+    """`check` is None where the model answers, else what is wrong, in words for the caller.
+
+    A result holds `ttl_s`. Within that time a batch that the backend finished (`prove`) counts as a success: it passed
+    the same checks as a probe's. So a full queue neither starves readiness nor is made longer by it, and a backend that
+    has stopped moving is found out by the next probe. Concurrent checks share one probe.
+    """
+
+    def __init__(self, pipeline: Pipeline, ttl_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.pipeline, self.ttl_s, self.clock = pipeline, ttl_s, clock
+        self._fault: str | None = None
+        self._at = float("-inf")
+        self._probe: asyncio.Task[None] | None = None
+
+    def prove(self) -> None:
+        self._conclude(None)
+
+    async def check(self) -> str | None:
+        if self.clock() - self._at >= self.ttl_s:
+            if self._probe is None or self._probe.done():
+                self._probe = asyncio.create_task(self._run())
+            await asyncio.shield(self._probe)
+        return self._fault
+
+    async def aclose(self) -> None:
+        if self._probe is not None:
+            self._probe.cancel()
+            await asyncio.gather(self._probe, return_exceptions=True)
+
+    def _conclude(self, fault: str | None) -> None:
+        self._fault, self._at = fault, self.clock()
+
+    async def _run(self) -> None:
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
+                await probe(self.pipeline)
+        except TimeoutError:
+            self._conclude(f"a tiny inference did not finish within {PROBE_TIMEOUT_S:g} s")
+        except (SaccadeError, ExceptionGroup, RuntimeError) as error:
+            logger.error("the readiness probe failed", exc_info=error)
+            self._conclude("a tiny inference failed")
+        else:
+            self._conclude(None)
+
+
+async def probe(pipeline: Pipeline) -> None:
+    """One step of one member on a small ramp, through the whole pipeline."""
+    task = next(iter(pipeline.card.tasks))
+    ramp = np.linspace(0, 255, PROBE_PX * PROBE_PX * 3).reshape(PROBE_PX, PROBE_PX, 3).astype(np.uint8)
+    prompt = TASKS[task].prompt
+    next_image = ramp if prompt == "next_image" else None
+    mask = ramp[..., 0] > 127 if prompt == "mask" else None
+    options = Options(steps=1, ensemble_size=1, processing_resolution=PROBE_PX).resolve(pipeline.card, task)
+    await pipeline(Inputs(task, ramp, next_image, mask), options)

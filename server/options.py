@@ -1,0 +1,174 @@
+"""The options of a request: one table, read from form fields, JSON members and query parameters alike."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, Protocol, cast, get_args
+
+from saccade import render
+from saccade.errors import InvalidInput
+from saccade.pipeline import Options
+from saccade.render import Encoding, Format, Render
+from saccade.schedule import Spacing
+from saccade.tasks import TASKS, TaskName
+from server.settings import Settings
+
+ALIASES = {"timestep_spacing": "spacing"}
+_INTEGER = re.compile(r"-?[0-9]{1,20}")
+_TRUTH = {"true": True, "1": True, "false": False, "0": False}
+Value = int | str | bool
+
+
+class Given(NamedTuple):
+    """An option as it came: text from a form or the query, a JSON value from a JSON body."""
+
+    name: str
+    value: object
+    text: bool
+
+
+class Kind(Protocol):
+    def read(self, value: object, text: bool) -> Value | None:
+        """The value, or None if it is not one of this kind."""
+        ...
+
+    def expected(self) -> str: ...
+
+    def schema(self, text: bool) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Integer:
+    low: int
+    high: int
+
+    def read(self, value: object, text: bool) -> int | None:
+        number = int(value) if self._whole(value, text) else None  # type: ignore[call-overload]
+        return number if number is not None and self.low <= number <= self.high else None
+
+    def _whole(self, value: object, text: bool) -> bool:
+        if text:
+            return isinstance(value, str) and _INTEGER.fullmatch(value) is not None
+        return (isinstance(value, int) and not isinstance(value, bool)) or (
+            isinstance(value, float) and value.is_integer()
+        )
+
+    def expected(self) -> str:
+        return f"a whole number from {self.low} to {self.high}"
+
+    def schema(self, text: bool) -> dict[str, Any]:
+        return {"type": "integer", "minimum": self.low, "maximum": self.high}
+
+
+@dataclass(frozen=True)
+class Choice:
+    values: tuple[str, ...]
+
+    def read(self, value: object, text: bool) -> str | None:
+        return value if isinstance(value, str) and value in self.values else None
+
+    def expected(self) -> str:
+        return "one of " + ", ".join(self.values)
+
+    def schema(self, text: bool) -> dict[str, Any]:
+        return {"type": "string", "enum": list(self.values)}
+
+
+@dataclass(frozen=True)
+class Boolean:
+    def read(self, value: object, text: bool) -> bool | None:
+        if text:
+            return _TRUTH.get(value) if isinstance(value, str) else None
+        return value if isinstance(value, bool) else None
+
+    def expected(self) -> str:
+        return "true or false"
+
+    def schema(self, text: bool) -> dict[str, Any]:
+        return {"type": "string", "enum": list(_TRUTH)} if text else {"type": "boolean"}
+
+
+class Option(NamedTuple):
+    kind: Kind
+    help: str
+    example: Value
+
+
+def table(settings: Settings, task: TaskName) -> dict[str, Option]:
+    """name -> option, for one task under the server's maxima."""
+    size = Integer(0, settings.max_processing_resolution)
+    return {
+        "steps": Option(Integer(1, settings.max_steps), "DDIM steps; more are slower and better.", 4),
+        "ensemble_size": Option(Integer(1, settings.max_ensemble_size), "Members, each from its own noise.", 1),
+        "reduction": Option(
+            Choice(TASKS[task].reductions), "How members become one answer.", TASKS[task].reductions[0]
+        ),
+        "seed": Option(Integer(0, 2**63 - 1), "Seed of the noise; the same seed gives the same answer.", 0),
+        "spacing": Option(Choice(get_args(Spacing)), "How the steps are spread over the noise schedule.", "trailing"),
+        "processing_resolution": Option(
+            size, "Longer edge in pixels that the model sees; 0 keeps the picture's own.", size.high // 4
+        ),
+        "match_input_resolution": Option(
+            Boolean(), "Bring the answer back to the picture's size (default true).", True
+        ),
+        "output_uncertainty": Option(
+            Boolean(), "Add a map of the members' spread; needs ensemble_size of 2 or more.", False
+        ),
+        "format": Option(Choice(render.FORMATS[task]), "The answer's file type; wins over Accept.", "json"),
+        "render": Option(
+            Choice(render.RENDERS[task]), "What a PNG shows: the data, colours to look at, or the object.", "data"
+        ),
+        "encoding": Option(Choice(get_args(Encoding)), "Of the maps inside a JSON answer.", "png16"),
+    }
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a request asks for; None where it leaves the choice."""
+
+    options: Options
+    format: Format | None
+    render: Render
+    encoding: Encoding | None
+
+
+def read(known: Mapping[str, Option], given: Iterable[Given]) -> Wanted:
+    """Options from all places together. Raises InvalidInput for an unknown name, a bad value, or two values for one."""
+    values: dict[str, Value] = {}
+    for item in given:
+        name = ALIASES.get(item.name, item.name)
+        if name not in known:
+            raise unknown(item.name, known)
+        value = known[name].kind.read(item.value, item.text)
+        if value is None:
+            raise InvalidInput(f"{name} must be {known[name].kind.expected()}, not {_shown(item.value)}", param=name)
+        if values.setdefault(name, value) != value:
+            raise InvalidInput(f"{name} is given twice, as {values[name]} and as {value}; give it once", param=name)
+    return _wanted(values)
+
+
+def unknown(name: str, known: Iterable[str]) -> InvalidInput:
+    """The error for a name that is no option, with the nearest that is."""
+    names = [*known, *ALIASES]
+    near = difflib.get_close_matches(name, names, 1)
+    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
+    return InvalidInput(f"unknown option {_shown(name)}; {hint}", param=name[:64])
+
+
+def _shown(value: object) -> str:
+    """A stranger's value, short enough to repeat."""
+    text = repr(value)
+    return text if len(text) <= 64 else text[:61] + "..."
+
+
+def _wanted(values: dict[str, Value]) -> Wanted:
+    turned = {f.name: values[f.name] for f in fields(Options) if f.name in values}
+    return Wanted(
+        Options(**cast(dict[str, Any], turned)),
+        cast(Format | None, values.get("format")),
+        cast(Render, values.get("render", "data")),
+        cast(Encoding | None, values.get("encoding")),
+    )

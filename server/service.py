@@ -1,0 +1,168 @@
+"""The running house: one model, its queue, and the life of a request between its form and its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from starlette.types import Receive
+
+from saccade import formats, render
+from saccade.backends import Backend
+from saccade.backends.stepping import Stepping
+from saccade.errors import InvalidInput
+from saccade.formats.pictures import open_picture
+from saccade.pipeline import Answer, Inputs, Pipeline, Resolved
+from saccade.render import Encoded, Format
+from saccade.tasks import TASKS, TaskName
+from server import options, problems
+from server.admission import Admission, Overloaded, Size, padded, work
+from server.health import Readiness
+from server.options import Wanted
+from server.problems import ClientGone, Problem
+from server.settings import Settings
+from server.telemetry import Metrics
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+def picture_names(task: TaskName) -> tuple[str, ...]:
+    prompt = TASKS[task].prompt
+    return ("image",) if prompt == "none" else ("image", prompt)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that has passed every check that needs no pixel."""
+
+    task: TaskName
+    pictures: dict[str, bytes]
+    wanted: Wanted
+    options: Resolved
+    format: Format
+    began: float
+
+
+class Service:
+    def __init__(self, settings: Settings, backend: Backend, metrics: Metrics) -> None:
+        self.settings, self.metrics = settings, metrics
+        self.stepping = Stepping(backend, batch_size=settings.batch_size, observer=self._batch)
+        self.pipeline = Pipeline(self.stepping)
+        self.card = backend.card
+        self.admission = Admission(settings.queue_limit)
+        self.readiness = Readiness(self.pipeline, settings.readiness_ttl_s)
+        self.tables = {task: options.table(settings, task) for task in self.card.tasks}
+        self._pool = ThreadPoolExecutor(settings.threads or os.cpu_count(), thread_name_prefix="pictures")
+        self._gauges()
+
+    async def start(self) -> None:
+        await self.stepping.start()
+
+    async def aclose(self) -> None:
+        await self.readiness.aclose()
+        try:
+            async with asyncio.timeout(self.settings.drain_timeout_s):
+                await self.stepping.aclose()
+        except TimeoutError:
+            logger.warning("the backend did not close within %g s", self.settings.drain_timeout_s)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def in_thread(self, function: Callable[[], T]) -> T:
+        """Off the event loop, in a pool of its own: pictures wait for pictures and for nothing else."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function)
+
+    async def answer(self, job: Job) -> tuple[Answer, Encoded]:
+        """Admit, decode, compute, encode. Raises Problem, InvalidInput, and what the pipeline raises."""
+        sizes = await self.in_thread(lambda: self._sizes(job.pictures))
+        self._check_size(job, sizes[0])
+        try:
+            with self.admission.admit(work(self.card, job.task, job.options, sizes)):
+                return await self._compute(job)
+        except Overloaded as error:
+            self.metrics.rejected.labels(job.task).inc()
+            raise Problem(
+                problems.OVERLOADED,
+                "The queue is full. Try again later, or ask for fewer steps, fewer members or a smaller resolution.",
+                retry_after_s=error.retry_after_s,
+            ) from error
+
+    async def _compute(self, job: Job) -> tuple[Answer, Encoded]:
+        inputs = await self.in_thread(lambda: self._inputs(job))
+        answer = await self.pipeline(inputs, job.options)
+        total_ms = (time.perf_counter() - job.began) * 1e3
+        answer = replace(answer, timings_ms={**answer.timings_ms, "total": total_ms})
+        self.metrics.phases(job.task, answer.timings_ms)
+        style, encoding = job.wanted.render, job.wanted.encoding or "png16"
+        picture = inputs.image if style == "color" else None
+        encoded = await self.in_thread(lambda: render.encode(answer, job.format, style, encoding, picture=picture))
+        return answer, encoded
+
+    def _sizes(self, pictures: dict[str, bytes]) -> list[Size]:
+        """(H, W) from the headers alone, before any pixel is decoded."""
+        limit = self.settings.max_pixels
+        with_sizes = []
+        for name, data in pictures.items():
+            with formats.pictures.refusing(name), open_picture(data, max_pixels=limit, param=name) as opened:
+                with_sizes.append((opened.height, opened.width))
+        return with_sizes
+
+    def _check_size(self, job: Job, size: Size) -> None:
+        most = self.settings.max_processing_resolution
+        given = padded(self.card, job.task, job.options, size)
+        multiple = self.card.latent.multiple
+        if max(given) > -(-most // multiple) * multiple:
+            raise InvalidInput(
+                f"the model would be given {given[1]} x {given[0]} px; ask for a processing_resolution of 1 to {most}",
+                param="processing_resolution",
+            )
+
+    def _inputs(self, job: Job) -> Inputs:
+        limit = self.settings.max_pixels
+        read = {
+            name: formats.read_mask(data, max_pixels=limit, param=name)
+            if name == "mask"
+            else formats.read_picture(data, max_pixels=limit, param=name)
+            for name, data in job.pictures.items()
+        }
+        return Inputs(job.task, **read)  # type: ignore[arg-type]
+
+    def _batch(self, kind: str, rows: int, seconds: float) -> None:
+        self.metrics.batch(kind, rows, seconds)
+        self.readiness.prove()
+
+    def _gauges(self) -> None:
+        gauge = self.metrics.gauge
+        gauge("saccade_queue_rows", "Rows that wait for a batch.", lambda: self.stepping.waiting)
+        gauge("saccade_running_rows", "Rows in the batch that runs.", lambda: self.stepping.running)
+        gauge("saccade_pending_work", "Admitted work, in steps of 256 x 256 px.", lambda: self.admission.pending)
+        gauge("saccade_pending_requests", "Admitted requests.", lambda: self.admission.requests)
+        gauge("saccade_work_rate", "Work finished per second.", lambda: self.admission.rate.per_second)
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`; when the client leaves, the work is cancelled at once and ClientGone raised.
+
+    The body must have been read. Whoever cancels this cancels the work too.
+    """
+    working, leaving = asyncio.create_task(work), asyncio.create_task(_left(receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGone
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,136 @@
+"""Every setting of the server: flags over environment (SACCADE_*) over a TOML file over the defaults."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from saccade.errors import InvalidInput
+
+PREFIX = "SACCADE_"
+CONFIG_VARIABLE = "SACCADE_CONFIG"
+
+
+class Settings(BaseSettings):
+    """What an operator may turn. Field descriptions are the help texts of flags and of docs/settings.md."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_ignore_empty=True, extra="forbid", frozen=True, protected_namespaces=()
+    )
+
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on; 0.0.0.0 for every interface.")
+    port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    model_repository: Path | None = Field(
+        None, description="Directory in Triton's layout; by default ./model_repository, else the packaged one."
+    )
+    model: str | None = Field(None, description="Which denoiser of the repository to serve; needed if it has several.")
+    engine: Literal["auto", "openvino", "onnxruntime"] = Field("auto", description="What runs the graphs.")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="Arithmetic of the graphs' linear layers.")
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of the engine; by default every core.")
+    batch_size: int | None = Field(
+        None, ge=1, le=1024, description="Most rows in one batch; by default the knee, measured at start-up."
+    )
+    max_pixels: int = Field(20_000_000, ge=64, description="Most pixels of one picture.")
+    max_upload_bytes: int = Field(32 * 2**20, ge=1024, description="Most bytes of one picture file.")
+    max_steps: int = Field(100, ge=1, le=1000, description="Most DDIM steps a request may ask for.")
+    max_ensemble_size: int = Field(20, ge=1, le=1000, description="Most ensemble members a request may ask for.")
+    max_processing_resolution: int = Field(
+        1024, ge=16, le=16384, description="Largest longer edge, in pixels, that the model is given."
+    )
+    queue_limit: float = Field(
+        2000,
+        gt=0,
+        description="Work admitted at once, in denoising steps of 256 x 256 px; more is answered with 429. "
+        "A single request is always admitted when nothing else is pending.",
+    )
+    request_timeout_s: float = Field(
+        120, gt=0, description="Longest a request may take, upload and queue each counted on its own."
+    )
+    drain_timeout_s: float = Field(30, gt=0, description="After SIGTERM, longest wait for accepted requests to finish.")
+    readiness_ttl_s: float = Field(5, ge=0, description="How long a readiness result is kept.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log line shown.")
+
+    @classmethod
+    def load(cls, config: Path | None = None, **flags: Any) -> Settings:
+        """Settings from `flags` (None: not given), the environment, and the TOML file `config` or $SACCADE_CONFIG.
+
+        Raises InvalidInput that names the setting at fault.
+        """
+        file = config or (Path(os.environ[CONFIG_VARIABLE]) if os.environ.get(CONFIG_VARIABLE) else None)
+        if file is not None and not file.is_file():
+            raise InvalidInput(f"the settings file does not exist: {file}", param="config")
+        given = {name: value for name, value in flags.items() if value is not None}
+        try:
+            return _with_file(file)(**given)
+        except ValidationError as error:
+            raise _refusal(error) from error
+        except ValueError as error:  # TOML that does not parse, an environment value that is no JSON
+            raise InvalidInput(f"the settings cannot be read: {error}", param="config") from error
+
+
+def _with_file(file: Path | None) -> type[Settings]:
+    class FromFile(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            toml = () if file is None else (TomlConfigSettingsSource(settings_cls, toml_file=file),)
+            return (init_settings, env_settings, *toml)
+
+    return FromFile
+
+
+def _refusal(error: ValidationError) -> InvalidInput:
+    first = error.errors()[0]
+    name = str(first["loc"][0]) if first["loc"] else "config"
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, Settings.model_fields, 1)
+        return InvalidInput(f"unknown setting {name}" + (f"; did you mean {near[0]}?" if near else ""), param=name)
+    return InvalidInput(f"setting {name}: {first['msg']} (given: {first['input']!r})", param=name)
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def table() -> str:
+    """docs/settings.md."""
+    rows = [
+        f"| `{name}` | `{PREFIX}{name.upper()}` | `{flag(name)}` | {_default(field.default)} | {field.description} |"
+        for name, field in Settings.model_fields.items()
+    ]
+    return "\n".join([_HEAD, *rows, ""])
+
+
+def _default(value: object) -> str:
+    return "" if value is None else f"`{value}`"
+
+
+_HEAD = """# Settings of the server
+
+Flags of `saccade serve` win over the environment, the environment over a TOML file (`--config` or `SACCADE_CONFIG`; the
+names of the first column are its keys), the file over the defaults. This table is made by `python -m server.settings`.
+
+| setting | environment | flag | default | meaning |
+|---|---|---|---|---|"""
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.stdout.write(table())

@@ -1,0 +1,73 @@
+"""What the server counts, for Prometheus. Gauges read the state itself when they are asked, so that none can leak."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from saccade.tasks import TASKS
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+class Metrics:
+    """One registry per app."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = self._counter("saccade_requests", "Answered requests; 499: the client left.", "task", "status")
+        self.request_seconds = self._histogram(
+            "saccade_request_seconds", "From the first byte to the answer.", _SECONDS, "task"
+        )
+        self.phase_seconds = self._histogram("saccade_phase_seconds", "Time in each phase.", _SECONDS, "task", "phase")
+        self.batch_rows = self._histogram("saccade_batch_rows", "Rows that ran together.", _ROWS, "kind")
+        self.batch_seconds = self._histogram("saccade_batch_seconds", "Time of one batch.", _SECONDS, "kind")
+        self.rows = self._counter("saccade_rows", "Rows computed.", "kind")
+        self.rejected = self._counter("saccade_rejected", "Requests refused because the queue was full.", "task")
+        self.cancelled = self._counter("saccade_cancelled", "Requests withdrawn before their end.", "task", "reason")
+
+    def _counter(self, name: str, help: str, *labels: str) -> Counter:
+        return Counter(name, help, labels, registry=self.registry)
+
+    def _histogram(self, name: str, help: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(name, help, labels, buckets=buckets, registry=self.registry)
+
+    def gauge(self, name: str, help: str, read: Callable[[], float]) -> None:
+        Gauge(name, help, registry=self.registry).set_function(read)
+
+    def batch(self, kind: str, rows: int, seconds: float) -> None:
+        self.batch_rows.labels(kind).observe(rows)
+        self.batch_seconds.labels(kind).observe(seconds)
+        self.rows.labels(kind).inc(rows)
+
+    def phases(self, task: str, timings_ms: Mapping[str, float]) -> None:
+        for phase, milliseconds in timings_ms.items():
+            self.phase_seconds.labels(task, phase).observe(milliseconds / 1e3)
+
+    def render(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class Telemetry:
+    """ASGI layer that counts the answers of the task routes."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        task = str(scope.get("path", "")).removeprefix("/")
+        if scope["type"] != "http" or task not in TASKS:
+            return await self.app(scope, receive, send)
+        began = time.perf_counter()
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.metrics.requests.labels(task, str(message["status"])).inc()
+                self.metrics.request_seconds.labels(task).observe(time.perf_counter() - began)
+            await send(message)
+
+        await self.app(scope, receive, counted)

@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from saccade.backends import bf16, engines
+from saccade.backends.engines import OpenVino, Port, choose, default_threads, open_engine
+from saccade.errors import ModelError
+from tests.backends.transformer import transformer
+from tests.toy import CONDITIONING, LATENT, Graph, encoder, maps
+
+BOTH = pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+
+
+def feeds(batch: int = 2, height: int = 16, width: int = 12, seed: int = 0) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    latents = {
+        name: random.standard_normal((batch, LATENT, height, width)).astype(np.float32)
+        for name in ("latent", *CONDITIONING)
+    }
+    return latents | {"timestep": random.integers(0, 1000, batch), "task": random.integers(0, 3, batch)}
+
+
+def error(found: np.ndarray, truth: np.ndarray) -> float:
+    return float(np.linalg.norm(found - truth) / np.linalg.norm(truth))
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(transformer(128, 4, 4), tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(transformer(64, 2, 4, experts=4), tmp_path_factory.mktemp("sparse"))
+
+
+def save(model: onnx.ModelProto, folder: Path) -> Path:
+    onnx.save(model, folder / "model.onnx")
+    return folder / "model.onnx"
+
+
+@BOTH
+def test_an_engine_names_its_ports_and_answers_by_name(toy_repository: Path, engine: str) -> None:
+    opened = open_engine(toy_repository / "toy-encoder/1/model.onnx", engine, "fp32", 1)
+    assert opened.inputs["image"] == Port((-1, 3, -1, -1), "float32")
+    assert opened.inputs["task"] == Port((-1,), "int64")
+    pictures = np.random.default_rng(0).uniform(-1, 1, (2, 3, 32, 48)).astype(np.float32)
+    results = opened.run({"image": pictures, "prompt": pictures, "task": np.array([0, 1])})
+    assert {name: results[name].shape for name in CONDITIONING} == dict.fromkeys(CONDITIONING, (2, LATENT, 4, 6))
+
+
+@BOTH
+def test_results_are_not_overwritten_by_the_next_run(dense: Path, engine: str) -> None:
+    opened = open_engine(dense, engine, "fp32", 1)
+    first = opened.run(feeds(seed=1))["prediction"]
+    kept = first.copy()
+    opened.run(feeds(seed=2))
+    assert np.array_equal(first, kept)
+
+
+@BOTH
+def test_inputs_may_be_views(dense: Path, engine: str) -> None:
+    opened = open_engine(dense, engine, "fp32", 1)
+    wide = feeds(batch=4)
+    halves = {name: value[::2] for name, value in wide.items()}
+    copies = {name: value.copy() for name, value in halves.items()}
+    assert np.array_equal(opened.run(halves)["prediction"], opened.run(copies)["prediction"])
+
+
+@pytest.mark.parametrize("graph", ["dense", "sparse"])
+def test_the_engines_agree_in_fp32(request: pytest.FixtureRequest, graph: str) -> None:
+    file = request.getfixturevalue(graph)
+    theirs, ours = (open_engine(file, name, "fp32", 1) for name in ("onnxruntime", "openvino"))
+    for sizes in ({"batch": 3}, {"height": 8, "width": 22}):
+        assert error(ours.run(feeds(**sizes))["prediction"], theirs.run(feeds(**sizes))["prediction"]) < 1e-5
+
+
+@pytest.mark.parametrize(("graph", "bound"), [("dense", 4e-3), ("sparse", 15e-3)])
+def test_bf16_is_close_to_fp32_and_is_not_fp32(request: pytest.FixtureRequest, graph: str, bound: float) -> None:
+    """A flipped choice of an expert moves one token, and the whole by half a percent."""
+    file = request.getfixturevalue(graph)
+    truth = open_engine(file, "onnxruntime", "fp32", 1).run(feeds(seed=3))["prediction"]
+    lowered = open_engine(file, "openvino", "bf16", 1).run(feeds(seed=3))["prediction"]
+    assert 1e-5 < error(lowered, truth) < bound
+
+
+def test_bf16_lowers_the_layers_of_the_blocks_alone(dense: Path, sparse: Path) -> None:
+    """Of four per dense block: qkv, proj, fc1, fc2; of ten per sparse one: qkv, proj and two for each of four experts.
+    Not the patch embedding, the timestep's MLP, adaLN, the attention's products, the router, the last layer."""
+    assert OpenVino(dense, "bf16", 1).lowered == 4 * 4
+    assert OpenVino(sparse, "bf16", 1).lowered == 2 * 10
+    assert OpenVino(dense, "fp32", 1).lowered == 0
+
+
+def test_the_timestep_stays_exact_in_bf16(dense: Path) -> None:
+    """The plain precision hint rounds timesteps, so that neighbours become one."""
+    lowered = OpenVino(dense, "bf16", 1)
+    one = feeds(batch=1)
+    answers = [lowered.run(one | {"timestep": np.array([t])})["prediction"].tobytes() for t in (997, 998, 999)]
+    assert len(set(answers)) == 3
+
+
+def convolutions(depth: int) -> onnx.ModelProto:
+    g = Graph(7)
+    x = g.conv("image", 3, 24, 3)
+    for _ in range(depth):
+        x = g.node("Add", x, g.conv(g.node("Relu", x), 24, 24, 3))
+    g.node("Identity", g.conv(x, 24, 8), output="features")
+    return g.model([maps("image", 3)], [maps("features", 8)])
+
+
+def test_inner_convolutions_are_lowered_with_unbiased_rounding(tmp_path: Path) -> None:
+    file = save(convolutions(6), tmp_path)
+    picture = {"image": np.random.default_rng(0).uniform(-1, 1, (1, 3, 32, 32)).astype(np.float32)}
+    truth = open_engine(file, "onnxruntime", "fp32", 1).run(picture)["features"]
+    engine = OpenVino(file, "bf16", 1)
+    found = engine.run(picture)["features"]
+    assert engine.lowered == 6
+    assert 1e-5 < error(found, truth) < 6e-3
+    slope = float((found * truth).sum() / (truth * truth).sum())
+    assert abs(slope - 1) < 1e-3
+
+
+def test_a_shallow_graph_stays_fp32(tmp_path: Path) -> None:
+    """A fixed transform such as the block DCT is one layer, and the first and last are never lowered."""
+    assert OpenVino(save(encoder(), tmp_path), "bf16", 1).lowered == 0
+
+
+def test_rounding_to_bf16_is_to_nearest_even() -> None:
+    step = np.float32(2**-7)
+    values = np.array([1, 1 + step / 2, 1 + step * 0.51, 1 + step * 1.5, -1 - step * 0.49, 0, 3e38], np.float32)
+    expected = np.array([1, 1, 1 + step, 1 + step * 2, -1, 0, 3e38], np.float32)
+    assert np.allclose(bf16.nearest(values), expected, rtol=2**-9, atol=0)
+    assert np.array_equal(bf16.nearest(values)[:6], expected[:6])
+
+
+@BOTH
+@pytest.mark.parametrize("data", [b"", b"not a graph", b"\x08\x08" * 50], ids=["empty", "text", "noise"])
+def test_a_file_that_is_no_graph_is_a_model_error(tmp_path: Path, engine: str, data: bytes) -> None:
+    file = tmp_path / "toy/1/model.onnx"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(data)
+    with pytest.raises(ModelError, match=r"toy/1/model\.onnx") as caught:
+        open_engine(file, engine, "fp32", 1)
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_without_an_engine_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
+    for engine in ("auto", "openvino", "onnxruntime"):
+        with pytest.raises(ModelError, match=r"pip install 'saccade\[cpu\]'"):
+            choose(engine, "auto")
+
+
+def install(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Pretend that only these engines are installed."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in names else None)
+
+
+@pytest.mark.parametrize(
+    ("installed", "asked", "has_bf16", "expected"),
+    [
+        (("openvino", "onnxruntime"), ("auto", "auto"), True, ("openvino", "bf16")),
+        (("openvino", "onnxruntime"), ("auto", "auto"), False, ("openvino", "fp32")),
+        (("openvino", "onnxruntime"), ("onnxruntime", "auto"), True, ("onnxruntime", "fp32")),
+        (("onnxruntime",), ("auto", "auto"), True, ("onnxruntime", "fp32")),
+        (("openvino",), ("auto", "fp32"), True, ("openvino", "fp32")),
+        (("openvino",), ("openvino", "bf16"), False, ("openvino", "bf16")),
+    ],
+)
+def test_auto_takes_the_fastest_that_is_there(
+    monkeypatch: pytest.MonkeyPatch, installed: tuple[str, ...], asked: tuple[str, str], has_bf16: bool, expected: Any
+) -> None:
+    install(monkeypatch, *installed)
+    monkeypatch.setattr(engines, "has_bf16", lambda: has_bf16)
+    assert choose(*asked) == expected
+
+
+@pytest.mark.parametrize(
+    ("engine", "precision", "told"),
+    [("tensorrt", "auto", "no such engine"), ("auto", "int8", "no such precision"), ("onnxruntime", "bf16", "fp32")],
+)
+def test_what_an_engine_cannot_do_is_refused(engine: str, precision: str, told: str) -> None:
+    with pytest.raises(ModelError, match=told):
+        choose(engine, precision)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "quota", "expected"),
+    [
+        ({0, 1, 2, 3}, "max 100000", 2),
+        ({0, 1, 2, 3}, "", 2),
+        ({0, 2}, "max 100000", 2),
+        ({0, 1}, "max 100000", 1),
+        (set(range(64)), "150000 100000", 2),
+        (set(range(64)), "5000 100000", 1),
+    ],
+)
+def test_threads_are_the_physical_cores_we_may_use(
+    monkeypatch: pytest.MonkeyPatch, cpus: set[int], quota: str, expected: int
+) -> None:
+    """On a machine whose processors 2k and 2k + 1 share a core."""
+
+    def system(file: str) -> str:
+        if file == "/sys/fs/cgroup/cpu.max":
+            return quota
+        core = int(file.split("cpu")[-1].split("/")[0]) // 2
+        return f"{2 * core}-{2 * core + 1}"
+
+    monkeypatch.setattr(engines, "_read", system)
+    monkeypatch.setattr(engines.os, "sched_getaffinity", lambda pid: cpus)
+    assert default_threads() == expected
+
+
+def test_onnx_runtime_reports_free_sizes_and_other_types(tmp_path: Path) -> None:
+    ports = [helper.make_tensor_value_info(name, kind, ["n", 2]) for name, kind in
+             (("x", TensorProto.DOUBLE), ("y", TensorProto.DOUBLE))]  # fmt: skip
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", ports[:1], ports[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    for engine in ("onnxruntime", "openvino"):
+        assert open_engine(save(model, tmp_path), engine, "fp32", 1).inputs["x"].dims == (-1, 2)
+        assert open_engine(save(model, tmp_path), engine, "fp32", 1).inputs["x"].dtype != "float32"
