@@ -68,7 +68,7 @@ def examples(model: Model, batch: int, height: int, width: int, seed: int) -> di
             torch.randint(1000, (batch,), generator=draw),
             task,
             normal(batch, config.width, h // 2, w // 2),
-            normal(batch, config.detail, h, w),
+            normal(batch, config.detail_channels, h, w),
         ),
         "decoder": (latent,),
     }
@@ -199,7 +199,7 @@ def describe(
 def write_configs(repository: Path, config: Config, folders: dict[str, str], card: Card) -> None:
     task, timestep = Tensor("task", (), "INT64"), Tensor("timestep", (), "INT64")
     pictures = [Tensor("image", (3, -1, -1)), Tensor("prompt", (3, -1, -1)), task]
-    seen = [Tensor("context", (config.width, -1, -1)), Tensor("detail", (config.detail, -1, -1))]
+    seen = [Tensor("context", (config.width, -1, -1)), Tensor("detail", (config.detail_channels, -1, -1))]
     latent = Tensor("latent", (config.latent_channels, -1, -1))
     prediction = Tensor("prediction", (config.latent_channels, -1, -1))
     write_config(repository, folders["encoder"], pictures, seen, MAX_BATCH)

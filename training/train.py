@@ -27,7 +27,7 @@ from saccade.schedule import NoiseSchedule
 from saccade.tasks import FlowCoding
 from training.data import Batch, Scenes
 from training.models.codec import DCTCodec
-from training.models.perceiver import TASKS, Config, Denoiser, Encoder
+from training.models.perceiver import TASKS, Config, Denoiser, Encoder, Motion
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,8 @@ class Recipe:
     warmup: int = 300
     weight_decay: float = 0.02
     task_weights: dict[str, float] = field(default_factory=lambda: {"depth": 1.5, "flow": 4.0, "amodal": 0.6})
-    guess_weight: float = 1.0
+    own_weight: float = 1.0
+    matching_weight: float = 1.0
     bf16: bool = True
     checkpoint_s: float = 240
     model: dict[str, Any] = field(default_factory=dict)
@@ -124,44 +125,45 @@ def timesteps(count: int, shift: float, generator: torch.Generator) -> Tensor:
 def loss_of(
     model: Model, batches: dict[str, Batch], recipe: Recipe, stage: Stage, step: int
 ) -> tuple[Tensor, dict[str, float]]:
-    """The step's loss and its parts by task."""
+    """The step's loss and its parts: the denoiser's by task, the encoder's own estimate, the matcher."""
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-    contexts, details, latents, labels, weights, losses = [], [], [], [], [], {}
-    guess_loss = torch.zeros(())
+    contexts, details, latents, weights = [], [], [], []
+    own, matching = torch.zeros(()), torch.zeros(())
     for task, batch in batches.items():
-        target, weight = torch.from_numpy(batch.target), torch.from_numpy(batch.weight)
+        target, weight = torch.from_numpy(batch.target), torch.from_numpy(batch.weight) * recipe.task_weights[task]
         pictures = (torch.from_numpy(p) for p in (batch.image, batch.prompt))
         image, prompt = (p.contiguous(memory_format=torch.channels_last) for p in pictures)
-        context, detail, guess = model.encoder.of_task(image, prompt, task)
-        if guess is not None:
-            guess_loss = _guess_loss(guess, target[:, :2], max(image.shape[-2:]))
+        context, detail, motion = model.encoder.of_task(image, prompt, task)
+        latent = model.codec.encode(target)
+        estimate = detail[:, model.config.detail :].float()
+        own = own + (((estimate - latent) ** 2).sum(1) * weight).mean() / len(batches)
+        if motion is not None:
+            matching = matching_loss(motion, target[:, :2], max(image.shape[-2:]))
         contexts.append(context)
         details.append(detail)
-        latents.append(model.codec.encode(target))
-        labels.append(torch.full((len(image),), TASKS.index(task)))
-        weights.append(weight * recipe.task_weights[task])
+        latents.append(latent)
+        weights.append(weight)
     n = stage.draws
-    z0, c, d, y, w = (
-        torch.cat(parts).repeat_interleave(n, 0) for parts in (latents, contexts, details, labels, weights)
-    )
+    z0, c, d, w = (torch.cat(parts).repeat_interleave(n, 0) for parts in (latents, contexts, details, weights))
+    y = torch.tensor([TASKS.index(task) for task in batches]).repeat_interleave(stage.per_task * n)
     t = torch.cat([timesteps(stage.per_task * n, recipe.shift, generator) for _ in batches])
     abar = torch.tensor(recipe.noise.alphas_cumprod).float()[t][:, None, None, None]
     noise = torch.randn(z0.shape, generator=generator)
     v = abar.sqrt() * noise - (1 - abar).sqrt() * z0
     predicted = model.denoiser(abar.sqrt() * z0 + (1 - abar).sqrt() * noise, t, y, c, d)
     error = ((predicted.float() - v) ** 2).sum(1) * w
-    for task in batches:
-        losses[task] = float(error[y == TASKS.index(task)].detach().mean())
-    losses["guess"] = float(guess_loss.detach())
-    return error.mean() + recipe.guess_weight * guess_loss, losses
+    losses = {task: float(error[y == TASKS.index(task)].detach().mean()) for task in batches}
+    losses |= {"own": float(own.detach()), "matching": float(matching.detach())}
+    return error.mean() + recipe.own_weight * own + recipe.matching_weight * matching, losses
 
 
-def _guess_loss(guess: Tensor, coded: Tensor, longer_edge: int) -> Tensor:
-    """L1 between the matcher's guess (eighth-cells) and the true flow, both in the target's code."""
+def matching_loss(motion: Motion, coded: Tensor, longer_edge: int) -> Tensor:
+    """L1 of both of the matcher's findings, in the target's code."""
     coding = FlowCoding()
-    share = guess.float().abs() * 8 / longer_edge
-    mine = guess.sign() * torch.log1p(share / coding.knee) / np.log1p(coding.reach / coding.knee)
-    return (mine - F.avg_pool2d(coded, 8)).abs().mean()
+    share = motion.cells.float().abs() * 8 / longer_edge
+    guess = motion.cells.sign() * torch.log1p(share / coding.knee) / np.log1p(coding.reach / coding.knee)
+    far = (guess - F.avg_pool2d(coded, 8)).abs().mean()
+    return far + (motion.coded.float() - F.avg_pool2d(coded, 4)).abs().mean()
 
 
 class Run:

@@ -1,16 +1,19 @@
 """The default model: a conditioning encoder that runs once per request, a light DiT that runs steps x members times.
 
-    encoder(image, prompt, task)               -> context [B, D, H/16, W/16], detail [B, 32, H/8, W/8]
+    encoder(image, prompt, task)               -> context [B, D, H/16, W/16], detail [B, 32 + C, H/8, W/8]
     denoiser(latent, timestep, task, context, detail) -> v [B, C, H/8, W/8]
 
 The encoder looks at both pictures with one convolutional stem. For flow it matches the two frames' features, first
 globally (a softmax over all places, as in GMFlow, Xu et al. 2111.13680), then locally around that guess (a small cost
 volume, as in PWC-Net, Sun et al. 1709.02371). For amodal the mask joins directly. Attention blocks finish the job.
+The encoder's own estimate of the latent rides in `detail`: trained directly, it teaches the encoder to see without the
+noise in between, and the denoiser starts from it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +47,11 @@ class Config:
     detail: int = 32
     stem: tuple[int, int] = (64, 96)
     latent_std: tuple[float, ...] = ()
+
+    @property
+    def detail_channels(self) -> int:
+        """Of the encoder's second output: features, then its own estimate of the latent."""
+        return self.detail + self.latent_channels
 
 
 class ResBlock(nn.Module):
@@ -89,32 +97,40 @@ class Stem(nn.Module):
         return quarter, self.coarse(self.down(quarter))
 
 
-class Matcher(nn.Module):
-    """Two frames' features -> motion features [B, eighth, H/8, W/8], a first guess [B, 2, H/8, W/8] in eighth-cells."""
+class Motion(NamedTuple):
+    """`cells` [B, 2, H/8, W/8]: the softmax's guess, in eighth-cells. `coded` [B, 2, H/4, W/4]: read off the local cost
+    volumes, in the flow's target code. Only training looks at them."""
 
-    RADIUS = 2
+    cells: Tensor
+    coded: Tensor
+
+
+class Matcher(nn.Module):
+    """Two frames' features -> motion features [B, eighth, H/8, W/8], and what training asks of it (`Motion`)."""
+
+    STILL, MOVED = 3, 2  # radii of the cost volumes around no motion and around the guess, in quarter-cells
 
     def __init__(self, quarter: int, eighth: int, width: int = 64, fine: int = 24) -> None:
         super().__init__()
         self.key = nn.Conv2d(eighth, width, 1)
         self.key_fine = nn.Conv2d(quarter, fine, 1)
         self.temperature = nn.Parameter(torch.tensor(2.5))
-        window = (2 * self.RADIUS + 1) ** 2
-        self.local = nn.Conv2d(window + 2 * fine, 64, 3, padding=1)
+        costs = sum((2 * radius + 1) ** 2 for radius in (self.MOVED, self.STILL))
+        self.local = nn.Conv2d(costs + 2 * fine, 64, 3, padding=1)
         self.down = nn.Conv2d(64, eighth, 2, stride=2)
         self.join = nn.Conv2d(eighth + 3, eighth, 1)
+        self.read = nn.Conv2d(64, 2, 3, padding=1)
 
-    def forward(self, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(self, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Motion]:
         guess, confidence = self.everywhere(first[1], second[1])
-        near = self.around(self.key_fine(first[0]), self.key_fine(second[0]), guess)
-        hint = torch.cat([self.down(F.gelu(near)), guess / 4, confidence], 1)
-        return self.join(hint), guess
+        near = F.gelu(self.around(self.key_fine(first[0]), self.key_fine(second[0]), guess))
+        hint = torch.cat([self.down(near), guess / 4, confidence], 1)
+        return self.join(hint), Motion(guess, self.read(near))
 
     def everywhere(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """Expected place of every cell among all cells of the second frame, minus its own; and the softmax's peak."""
         height, width = first.shape[-2:]
-        one = F.normalize(self.key(first).flatten(2), dim=1)
-        two = F.normalize(self.key(second).flatten(2), dim=1)
+        one, two = (directions(self.key(x)).flatten(2) for x in (first, second))
         match = (one.transpose(1, 2) @ two * self.temperature.exp()).float().softmax(-1)
         y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         places = torch.stack([x.flatten(), y.flatten()], -1).to(match)
@@ -122,20 +138,39 @@ class Matcher(nn.Module):
         return guess, match.amax(-1).reshape(-1, 1, height, width)
 
     def around(self, first: Tensor, second: Tensor, guess: Tensor) -> Tensor:
-        """Second frame's fine features warped by the guess, and a cost volume around it, [B, 64, H/4, W/4]."""
-        height, width = first.shape[-2:]
-        motion = F.interpolate(guess, size=(height, width), mode="bilinear", align_corners=False) * 2
-        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        at_x = (x + motion[:, 0] + 0.5) / width * 2 - 1
-        at_y = (y + motion[:, 1] + 0.5) / height * 2 - 1
-        grid = torch.stack([at_x, at_y], -1)
-        warped = F.grid_sample(second.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
-        one, two = F.normalize(first.float(), dim=1), F.normalize(warped, dim=1)
-        reach = self.RADIUS
-        padded = F.pad(two, (reach, reach, reach, reach))
-        shifts = [(dy, dx) for dy in range(2 * reach + 1) for dx in range(2 * reach + 1)]
-        costs = [(one * padded[..., dy : dy + height, dx : dx + width]).sum(1) for dy, dx in shifts]
-        return self.local(torch.cat([torch.stack(costs, 1), one, two], 1))
+        """Cost volumes around the guess and around no motion, with the features themselves, [B, 64, H/4, W/4]."""
+        one, two = directions(first), directions(second)
+        warped = warp(two, guess)
+        costs = [*cost_volume(one, warped, self.MOVED), one, warped, *cost_volume(one, two, self.STILL)]
+        return self.local(torch.cat(costs, 1))
+
+
+def directions(features: Tensor) -> Tensor:
+    """[B, C, H, W] in fp32, without each channel's mean (what all places share says nothing about which is which), of
+    length 1 at every place."""
+    features = features.float()
+    return F.normalize(features - features.mean((2, 3), keepdim=True), dim=1)
+
+
+def warp(features: Tensor, cells: Tensor) -> Tensor:
+    """[B, C, h, w] looked up where motions [B, 2, h/2, w/2], in cells of twice the size, lead."""
+    height, width = features.shape[-2:]
+    motion = F.interpolate(cells, size=(height, width), mode="bilinear", align_corners=False) * 2
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    at_x = (x + motion[:, 0] + 0.5) / width * 2 - 1
+    at_y = (y + motion[:, 1] + 0.5) / height * 2 - 1
+    grid = torch.stack([at_x, at_y], -1)
+    return F.grid_sample(features, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def cost_volume(first: Tensor, second: Tensor, radius: int) -> list[Tensor]:
+    """Products of every place with the places around it in the second frame: (2 radius + 1)^2 of [B, 1, h, w]."""
+    height, width = first.shape[-2:]
+    padded = F.pad(second, (radius, radius, radius, radius))
+    reach = range(2 * radius + 1)
+    return [
+        (first * padded[..., dy : dy + height, dx : dx + width]).sum(1, keepdim=True) for dy in reach for dx in reach
+    ]
 
 
 class Encoder(nn.Module):
@@ -154,6 +189,10 @@ class Encoder(nn.Module):
         self.deep = ResBlock(config.width)
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.encoder_depth))
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
+        self.first = nn.Linear(config.width, 4 * config.latent_channels)
+        self.first_fine = nn.Conv2d(eighth, config.latent_channels, 1)
+        for head in (self.first, self.first_fine):
+            nn.init.zeros_(head.weight)
 
     def forward(self, image: Tensor, prompt: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
         """A batch of mixed tasks: every hint is computed, each sample keeps its own."""
@@ -162,16 +201,16 @@ class Encoder(nn.Module):
         hint = moved * (task == 1)[:, None, None, None] + self.shape(prompt) * (task == 2)[:, None, None, None]
         return self.think(seen[1], hint, task)
 
-    def of_task(self, image: Tensor, prompt: Tensor, task: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A batch of one task, without the other tasks' work; for flow also the matcher's guess. For training."""
+    def of_task(self, image: Tensor, prompt: Tensor, task: str) -> tuple[Tensor, Tensor, Motion | None]:
+        """A batch of one task, without the other tasks' work; for flow also what the matcher found. For training."""
         seen = self.stem(image)
-        hint, guess = torch.zeros_like(seen[1]), None
+        hint, motion = torch.zeros_like(seen[1]), None
         if task == "flow":
-            hint, guess = self.matcher(seen, self.stem(prompt))
+            hint, motion = self.matcher(seen, self.stem(prompt))
         elif task == "amodal":
             hint = self.shape(prompt)
         labels = torch.full(image.shape[:1], TASKS.index(task), device=image.device)
-        return *self.think(seen[1], hint, labels), guess
+        return *self.think(seen[1], hint, labels), motion
 
     def shape(self, prompt: Tensor) -> Tensor:
         """The mask, lossless, to [B, eighth, H/8, W/8]."""
@@ -185,8 +224,10 @@ class Encoder(nn.Module):
         tokens = tokens + sincos_positions(tokens.shape[-1], height, width, POSITION_SPAN).to(tokens)
         for block in self.blocks:
             tokens = block(tokens)
-        context = self.norm(tokens).transpose(1, 2).reshape(-1, tokens.shape[-1], height, width)
-        return context, self.detail(fused)
+        tokens = self.norm(tokens)
+        first = unpatchify(self.first(tokens), height, width, 2) + self.first_fine(fused)
+        context = tokens.transpose(1, 2).reshape(-1, tokens.shape[-1], height, width)
+        return context, torch.cat([self.detail(fused), first], 1)
 
 
 class RoutedPatchEmbed(nn.Module):
@@ -217,7 +258,8 @@ class Denoiser(nn.Module):
     def __init__(self, config: Config, alphas_cumprod: Tensor) -> None:
         super().__init__()
         size = Size(config.width, config.heads, config.depth)
-        self.x_embedder = RoutedPatchEmbed(config.latent_channels + config.detail, size.width, self.PATCH, len(TASKS))
+        channels = config.latent_channels + config.detail_channels
+        self.x_embedder = RoutedPatchEmbed(channels, size.width, self.PATCH, len(TASKS))
         self.context = nn.Linear(size.width, size.width)
         self.t_embedder = TimestepEmbedder(size.width)
         self.y_embedder = LabelEmbedder(len(TASKS), size.width)
