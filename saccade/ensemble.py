@@ -25,8 +25,8 @@ MIN_CONTRAST = 0.5
 ROUND_DISTANCE = 1e-4
 ROUND_END = 2e-3
 ROUND_TIE = 1e-4
-# SciPy's line search stops at a curvature of 0.9; a closer one makes more of the few iterations.
-SUFFICIENT_DECREASE, CURVATURE = 1e-4, 0.2
+# As SciPy stops its line search, which diffusers runs: so the few iterations lead to the same place.
+SUFFICIENT_DECREASE, CURVATURE = 1e-4, 0.9
 
 
 def reduce(maps: Maps, reduction: Reduction) -> tuple[Float32, Float32]:

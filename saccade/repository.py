@@ -109,7 +109,7 @@ class Repository:
             raise ModelError(f"the repository has no {'/'.join((name, *parts))}") from error
         if not found.is_relative_to(root):
             raise ModelError(f"{'/'.join((name, *parts))} leads out of the repository")
-        if found.is_dir() == bool(parts):
+        if not (found.is_file() if parts else found.is_dir()):
             raise ModelError(f"{'/'.join((name, *parts))} is not a {'file' if parts else 'directory'}")
         return found
 

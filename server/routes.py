@@ -14,7 +14,6 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from saccade import __version__
 from saccade.errors import InvalidInput
 from saccade.pipeline import Answer
-from saccade.render import Encoded
 from saccade.tasks import TASKS, TaskName
 from server import forms, negotiation, options, problems
 from server.options import Given
@@ -61,7 +60,7 @@ async def _answer(request: Request, task: TaskName) -> Response:
             raise
         house.metrics.cancelled.labels(task, "timeout").inc()
         raise _late(house.settings.request_timeout_s) from error
-    return Response(encoded.data, headers=_headers(answer, encoded), media_type=encoded.media_type)
+    return Response(encoded.data, headers=_headers(answer, job.began), media_type=encoded.media_type)
 
 
 async def _job(house: Service, request: Request, task: TaskName) -> Job:
@@ -105,9 +104,11 @@ def _late(seconds: float) -> Problem:
     )
 
 
-def _headers(answer: Answer, encoded: Encoded) -> dict[str, str]:
+def _headers(answer: Answer, began: float) -> dict[str, str]:
+    """`total` runs from the request's first byte to here; the one inside JSON cannot count the writing of the JSON."""
     chosen = answer.options
-    timings = (f"{name};dur={answer.timings_ms.get(name, 0.0):.3f}" for name in PHASES)
+    milliseconds = {**answer.timings_ms, "total": (time.perf_counter() - began) * 1e3}
+    timings = (f"{name};dur={milliseconds.get(name, 0.0):.3f}" for name in PHASES)
     return {
         "Saccade-Model": answer.model,
         "Saccade-Digest": answer.digest,

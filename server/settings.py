@@ -45,10 +45,10 @@ class Settings(BaseSettings):
     max_steps: int = Field(100, ge=1, le=1000, description="Most DDIM steps a request may ask for.")
     max_ensemble_size: int = Field(20, ge=1, le=1000, description="Most ensemble members a request may ask for.")
     max_processing_resolution: int = Field(
-        1024, ge=16, le=16384, description="Largest longer edge, in pixels, that the model is given."
+        768, ge=16, le=16384, description="Largest longer edge, in pixels, that the model is given."
     )
     queue_limit: float = Field(
-        2000,
+        1000,
         gt=0,
         description="Work admitted at once, in denoising steps of 256 x 256 px; more is answered with 429. "
         "A single request is always admitted when nothing else is pending.",

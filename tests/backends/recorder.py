@@ -6,8 +6,6 @@ import asyncio
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from saccade.backends import Array, Conditioning, Labels, Ticket
 from saccade.card import Card
 from saccade.repository import Repository

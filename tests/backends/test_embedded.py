@@ -161,7 +161,7 @@ def test_changed_weights_are_not_loaded(tmp_path: Path) -> None:
     toy.build(tmp_path)
     with (tmp_path / "toy-decoder/1/model.onnx").open("ab") as file:
         file.write(b"\0")
-    with pytest.raises(ModelError, match="toy-decoder: .*sha256"):
+    with pytest.raises(ModelError, match=r"toy-decoder: .*sha256"):
         Embedded.load(Repository(tmp_path), engine="onnxruntime", threads=1)
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -147,6 +148,16 @@ def test_an_endless_configuration_is_refused_unread(path: Path) -> None:
         Repository(path).config("toy")
 
 
+@pytest.mark.parametrize("which", ["config.pbtxt", "1/model.onnx"])
+def test_what_is_not_a_file_is_not_opened(path: Path, which: str) -> None:
+    """Opening a pipe waits for ever."""
+    (path / "toy" / which).unlink()
+    os.mkfifo(path / "toy" / which)
+    repository = Repository(path)
+    with pytest.raises(ModelError, match="is not a file"):
+        repository.config("toy") if which == "config.pbtxt" else repository.graph("toy")
+
+
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
@@ -185,7 +196,7 @@ def test_weights_beside_the_graph_need_a_digest_of_their_own(path: Path) -> None
     (path / "toy/1/model.onnx.data").write_bytes(b"weights")
     repository = Repository(path)
     card = repository.card("toy")
-    with pytest.raises(ModelError, match="no digest of model.onnx.data"):
+    with pytest.raises(ModelError, match=r"no digest of model\.onnx\.data"):
         repository.verify(card)
     digests = card.digests | {"toy/model.onnx.data": hashlib.sha256(b"weights").hexdigest()}
     repository.verify(card.model_copy(update={"digests": digests}))
@@ -199,7 +210,7 @@ def test_a_digest_cannot_point_elsewhere(path: Path, key: str) -> None:
     (path.parent / "secret").write_text("x")
     repository = Repository(path)
     card = repository.card("toy")
-    with pytest.raises(ModelError, match="not a model name|leads out|has no"):
+    with pytest.raises(ModelError, match=r"not a model name|leads out|has no"):
         repository.verify(card.model_copy(update={"digests": {key: "0" * 64}}))
 
 

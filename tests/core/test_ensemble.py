@@ -63,7 +63,7 @@ def diffusers(maps: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> tuple[np.nda
         (3, 0.003, 1),
         (3, 0.01, 0),
         (5, 0.003, 0),
-        (5, 0.01, 1),
+        (5, 0.003, 1),
         (10, 0.01, 0),
     ],
 )

@@ -31,7 +31,7 @@ def shared(toy_repository: Path) -> Iterator[Process]:
 
 
 def raw_request(path: str = "/depth", declared: int | None = None, body: bytes = b"{}") -> bytes:
-    lines = [f"POST {path} HTTP/1.1", "Host: saccade", "Content-Type: application/json"]
+    lines = [f"POST {path} HTTP/1.1", "Host: saccade", "Content-Type: application/json", "Connection: close"]
     return (
         "\r\n".join([*lines, f"Content-Length: {len(body) if declared is None else declared}", "", ""]).encode() + body
     )

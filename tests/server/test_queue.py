@@ -259,3 +259,21 @@ def test_metrics_follow_the_work(backend: Backend) -> None:
     assert counters['saccade_phase_seconds_count{phase="denoise",task="depth"}'] == 4
     assert counters["saccade_pending_requests"] == counters["saccade_running_rows"] == 0
     assert counters["saccade_work_rate"] > 0
+
+
+def test_nothing_leaks_when_many_leave_at_any_moment(backend: Backend) -> None:
+    async def story() -> dict[str, float]:
+        async with running(backend, batch_size=2) as house:
+            asking = [asyncio.create_task(house.ask("depth", steps=50, ensemble_size=3, seed=n)) for n in range(30)]
+            for number, task in enumerate(asking):
+                await asyncio.sleep(0.01 * (number % 3))
+                if number % 5:
+                    task.cancel()
+            answers = await asyncio.gather(*asking, return_exceptions=True)
+            assert sum(isinstance(answer, httpx.Response) and answer.status_code == 200 for answer in answers) >= 6
+            await until(lambda: house.service.stepping.running == 0)
+            return await house.counters()
+
+    counters = asyncio.run(story())
+    for gauge in ("pending_work", "pending_requests", "queue_rows", "running_rows"):
+        assert counters[f"saccade_{gauge}"] == 0

@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 
 from saccade.backends import Backend
+from saccade.card import Card
 from saccade.errors import BackendUnavailable, ModelError
-from tests.server.house import PROBLEM, Failing, House, files, mask, png, running, save
+from tests.server.house import PROBLEM, Failing, House, Wrapped, files, mask, png, running, save
 
 URN = "urn:saccade:problem:"
 B64 = base64.b64encode(png()).decode()
@@ -311,3 +312,37 @@ def test_16_bit_and_rotated_pictures_are_no_reason_to_refuse(backend: Backend) -
     Image.new("RGB", (60, 40), "red").save(out, "JPEG", exif=exif)
     response = send(backend, "POST", "/depth", files=files("depth", image=out.getvalue()))
     assert response.json()["shape"] == [60, 40]
+
+
+def test_too_many_members(backend: Backend) -> None:
+    response = send(backend, "POST", "/depth", json={"image": B64} | {f"option{n}": n for n in range(50)})
+    assert_problem(response, 400, "malformed-request")
+
+
+def test_uploads_together_are_bounded(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.limits.BODIES_AT_ONCE", 1e-5)
+    response = send_only(backend, files=files("depth"))
+    assert_problem(response, 429, "overloaded")
+    assert int(response.headers["retry-after"]) >= 1
+
+
+def send_only(backend: Backend, **request: Any) -> httpx.Response:
+    async def once() -> httpx.Response:
+        async with running(backend) as house:
+            return await house.client.post("/depth", **request)
+
+    return asyncio.run(once())
+
+
+def test_a_task_that_the_model_lacks(backend: Backend) -> None:
+    class DepthOnly(Wrapped):
+        @property
+        def card(self) -> Card:
+            return self.inner.card.model_copy(update={"tasks": {"depth": self.inner.card.tasks["depth"]}})
+
+    async def ask() -> httpx.Response:
+        async with running(DepthOnly(backend)) as house:
+            assert (await house.ask("depth")).status_code == 200
+            return await house.ask("flow")
+
+    assert_problem(asyncio.run(ask()), 422, "invalid-input", "task")

@@ -1,0 +1,221 @@
+"""What the exporter writes: the same functions, the same weights, a repository that the server reads.
+
+One export of a small model serves all tests. Its cost volumes are smaller than the shipped ones: they make most of the
+exporter's work, all of the same kind.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from saccade.card import Card
+from saccade.repository import Repository
+from tests.training.conftest import TINY
+from training import export, weights
+from training.models.perceiver import Config, Matcher
+from training.train import Model, Recipe, Stage
+
+pytestmark = [  # what the exporter says of its own innards
+    pytest.mark.filterwarnings("ignore:# The axis name:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+FACTS = Path(export.__file__).parent / "configs" / "saccade-s.json"
+MODELS = {"encoder": "saccade-s-encoder", "denoiser": "saccade-s", "decoder": "saccade-s-decoder"}
+STD = tuple(np.linspace(0.1, 1.2, 26).tolist())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_cost_volumes() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Matcher, "STILL", 1)
+        patch.setattr(Matcher, "MOVED", 0)
+        yield
+
+
+def network(recipe: Recipe, seed: int) -> Model:
+    """Random weights everywhere, also where training starts from zero."""
+    torch.manual_seed(seed)
+    model = Model(Config(latent_channels=26, latent_std=STD, **recipe.model), recipe.noise).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+@dataclass(frozen=True)
+class Exported:
+    model: Model
+    recipe: Recipe
+    repository: Path
+
+    def graph(self, part: str) -> Path:
+        return self.repository / MODELS[part] / "1" / "model.onnx"
+
+    def module(self, part: str) -> nn.Module:
+        return export.module_of(self.model, part)
+
+
+CONFIG = """
+scenes = "nowhere"
+schedule = "cosine"
+[[stages]]
+steps = 4
+sizes = [[32, 32]]
+per_task = 1
+lr = 1e-3
+lr_end = 1e-4
+[model]
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Through the command, from a checkpoint whose average is not its model."""
+    folder = tmp_path_factory.mktemp("export")
+    config = folder / "run.toml"
+    config.write_text(CONFIG + "\n".join(f"{key} = {json.dumps(value)}" for key, value in TINY.items()))
+    recipe = Recipe.read(config)
+    model, other = network(recipe, 0), network(recipe, 1)
+    state = {"average": model.state_dict(), "model": other.state_dict(), "latent_std": list(STD)}
+    torch.save(state | {"step": 4, "samples": 12, "seconds": 3.14159}, folder / "checkpoint.pt")
+    files = [str(folder / "checkpoint.pt"), str(folder / "repository")]
+    export.main([*files, "--recipe", str(config), "--facts", str(FACTS)])
+    return Exported(model, recipe, folder / "repository")
+
+
+@pytest.mark.parametrize("part", MODELS)
+@pytest.mark.parametrize(("batch", "height", "width"), [(1, 16, 160), (4, 112, 80)])
+def test_graphs_answer_as_eager_torch_at_fresh_batches_and_sizes(
+    exported: Exported, part: str, batch: int, height: int, width: int
+) -> None:
+    inputs = export.examples(exported.model, batch, height, width, seed=99)[part]
+    assert export.disagreement(part, exported.module(part), inputs, exported.graph(part)) < 1e-4
+
+
+@pytest.mark.parametrize("part", MODELS)
+def test_weights_come_back_bit_for_bit(exported: Exported, part: str) -> None:
+    other = export.module_of(network(exported.recipe, 5), part)
+    for value in other.state_dict().values():
+        value.zero_()
+    weights.read(exported.graph(part), other)
+    expected = exported.module(part).state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in other.state_dict().items())
+
+
+@pytest.mark.parametrize(("part", "other", "named"), [("denoiser", "encoder", "x_embedder|skip"), ("encoder", "decoder", "stem")])
+def test_another_models_graph_is_refused(exported: Exported, part: str, other: str, named: str) -> None:
+    module = exported.module(part)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    with pytest.raises(ValueError, match=f"model.onnx holds no weight ({named})"):
+        weights.read(exported.graph(other), module)
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+
+
+def test_a_graph_of_another_size_is_refused(exported: Exported) -> None:
+    wider = Config(latent_channels=26, latent_std=STD, **TINY | {"width": 48})
+    model = Model(wider, exported.recipe.noise)
+    with pytest.raises(ValueError, match=r"holds weight x_embedder.weight as \(3, 240, 32\), not as \(3, 240, 48\)"):
+        weights.read(exported.graph("denoiser"), model.denoiser)
+
+
+def test_the_repository_is_one_that_the_server_reads(exported: Exported) -> None:
+    repository = Repository(exported.repository)
+    assert repository.models() == sorted(MODELS.values())
+    assert repository.denoisers() == [repository.default()] == ["saccade-s"]
+    card = repository.card("saccade-s")
+    assert (card.encoder, card.decoder, card.conditioning) == (MODELS["encoder"], MODELS["decoder"], ["context", "detail"])
+    assert set(card.digests) == set(MODELS.values())
+    assert card.parameters == sum(p.numel() for p in exported.model.parameters())
+    assert card.noise.model_dump(exclude_none=True) == {
+        "schedule": "cosine",
+        "timesteps": 1000,
+        "zero_terminal_snr": True,
+        "prediction": "v_prediction",
+    }
+    assert (card.training.samples, card.training.wall_clock_s) == (12, 3.1)
+    assert card.latent.model_dump() == {"channels": 26, "stride": 8, "scale": 1.0, "multiple": 16}
+    assert {task: fact.label for task, fact in card.tasks.items()} == {"depth": 0, "flow": 1, "amodal": 2}
+
+
+@pytest.mark.parametrize("part", MODELS)
+def test_configurations_declare_the_graphs_inputs_and_outputs(exported: Exported, part: str) -> None:
+    """Names, types and, past the batch, sizes: -1 where the graph leaves them open."""
+    config = Repository(exported.repository).config(MODELS[part])
+    graph = onnx.load(exported.graph(part)).graph
+    types = {onnx.TensorProto.FLOAT: "TYPE_FP32", onnx.TensorProto.INT64: "TYPE_INT64"}
+
+    def of_graph(values: Any) -> dict[str, Any]:
+        tensors = {v.name: v.type.tensor_type for v in values}
+        return {
+            name: (types[t.elem_type], [d.dim_value or -1 for d in t.shape.dim][1:]) for name, t in tensors.items()
+        }
+
+    def of_config(values: Any) -> dict[str, Any]:
+        kind = type(config).DESCRIPTOR.file.enum_types_by_name["DataType"].values_by_number
+        return {
+            v.name: (kind[v.data_type].name, [] if v.HasField("reshape") else list(v.dims)) for v in values
+        }
+
+    assert of_config(config.input) == of_graph(graph.input)
+    assert of_config(config.output) == of_graph(graph.output)
+    assert config.max_batch_size == export.MAX_BATCH
+
+
+@pytest.mark.parametrize("part", MODELS)
+def test_graphs_say_nothing_of_the_machine_they_were_made_on(exported: Exported, part: str) -> None:
+    data = exported.graph(part).read_bytes()
+    for trace in (b"training/models", b"forward(self", str(Path.cwd()).encode(), b".py"):
+        assert trace not in data
+
+
+def test_a_graph_that_disagrees_with_torch_is_found_out(exported: Exported) -> None:
+    other = network(exported.recipe, 0)
+    other.codec.synthesis *= 1.01
+    with pytest.raises(RuntimeError, match="decoder: the exported graph is .* off at batch 1, 192 x 144"):
+        export.verify("decoder", other, exported.graph("decoder"))
+    other.codec.synthesis *= torch.nan
+    with pytest.raises(RuntimeError, match="nan off"):
+        export.verify("decoder", other, exported.graph("decoder"))
+
+
+@pytest.fixture
+def checkpoint(exported: Exported) -> Path:
+    return exported.repository.parent / "checkpoint.pt"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_failed_export_leaves_the_repository_as_it_was(
+    exported: Exported, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(part: str, module: nn.Module, inputs: Any, file: Path) -> None:
+        file.write_bytes(exported.graph("decoder" if part == "decoder" else part).read_bytes())
+
+    before = contents(exported.repository)
+    monkeypatch.setattr(export, "export_graph", wrong)
+    monkeypatch.setattr(export, "disagreement", lambda part, *rest: 1.0 if part == "decoder" else 0.0)
+    with pytest.raises(RuntimeError, match="decoder"):
+        export.export(checkpoint, exported.recipe, exported.repository, json.loads(FACTS.read_text()))
+    assert contents(exported.repository) == before
+
+
+def test_labels_that_the_model_was_not_trained_with_are_refused(exported: Exported) -> None:
+    facts = json.loads(FACTS.read_text())
+    facts["tasks"]["depth"]["label"], facts["tasks"]["flow"]["label"] = 1, 0
+    run = {"samples": 1, "wall_clock_s": 1.0}
+    with pytest.raises(ValueError, match="label"):
+        export.describe(exported.model, exported.recipe, run, facts, MODELS, {})

@@ -1,0 +1,222 @@
+"""The networks against independent references: SciPy's DCT, another implementation's DiT, arithmetic, simulation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from scipy.fft import dctn
+from torch import nn
+
+from saccade.schedule import NoiseSchedule
+from tests.training.conftest import TINY
+from training.models.codec import BLOCK, KEPT, DCTCodec
+from training.models.dit import SIZES, DiT, Size
+from training.models.perceiver import TASKS, Config, Denoiser, Encoder, Matcher, RoutedPatchEmbed
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+LOWEST = [(0, 0), (0, 1), (1, 0), (0, 2), (1, 1), (2, 0), (0, 3), (1, 2), (2, 1), (3, 0)]  # (row, column) frequency
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_latents_are_the_lowest_coefficients_of_scipys_dct() -> None:
+    pictures = noise(2, 4, 16, 24)
+    latents = DCTCodec().encode(pictures)
+    assert latents.shape == (2, sum(KEPT), 2, 3)
+    blocks = pictures.numpy().reshape(2, 4, 2, BLOCK, 3, BLOCK)
+    spectrum = dctn(blocks.astype(np.float64), axes=(3, 5), norm="ortho") / BLOCK
+    expected = [spectrum[:, plane, :, u, :, v] for plane, kept in enumerate(KEPT) for u, v in LOWEST[:kept]]
+    np.testing.assert_allclose(latents.numpy(), np.stack(expected, 1), atol=1e-5)
+
+
+def test_the_first_coefficient_is_the_blocks_mean() -> None:
+    pictures = noise(1, 4, 16, 24)
+    latents = DCTCodec().encode(pictures)
+    means = nn.functional.avg_pool2d(pictures, BLOCK)
+    first = [sum(KEPT[:plane]) for plane in range(len(KEPT))]
+    torch.testing.assert_close(latents[:, first], means, atol=1e-6, rtol=0)
+
+
+def test_decoding_and_coding_again_changes_nothing() -> None:
+    codec, latents = DCTCodec(), noise(2, sum(KEPT), 3, 5)
+    torch.testing.assert_close(codec.encode(codec.decode(latents)), latents, atol=1e-5, rtol=0)
+
+
+def test_smooth_maps_survive_the_codec() -> None:
+    """A constant, a tilted plane and a bump, as depth and flow have them; PSNR on their range of 2."""
+    y, x = np.mgrid[0:96, 0:128] / 96
+    bump = 2 * np.exp(-((x - 0.6) ** 2 + (y - 0.4) ** 2) / 0.1) - 1
+    pictures = torch.tensor(np.stack([np.full_like(x, 0.3), y + 0.5 * x - 0.8, bump, bump])).float()[None]
+    codec = DCTCodec((1, 10, 10, 3))
+    errors = codec.decode(codec.encode(pictures)) - pictures
+    psnr = 20 * torch.log10(2 / errors.pow(2).mean((0, 2, 3)).sqrt())
+    assert (psnr > torch.tensor([100, 65, 55, 45])).all()
+    assert errors.abs().max() < 0.05
+
+
+def test_the_dit_answers_as_the_reference_implementation_did() -> None:
+    with safe_open(GOLDEN / "dit.safetensors", "pt") as file:
+        facts, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    size = Size(*(int(facts[key]) for key in ("hidden_size", "num_heads", "depth")))
+    patch, channels = int(facts["patch_size"]), int(facts["in_channels"])
+    model = DiT(
+        size,
+        channels=channels,
+        patch=patch,
+        labels=int(facts["num_classes"]) + 1,
+        grid=int(facts["input_size"]) // patch,
+        learn_sigma=facts["learn_sigma"] == "true",
+    )
+    weights = {key.removeprefix("weights/"): value for key, value in tensors.items() if key.startswith("weights/")}
+    made = model.pos_embed.clone()
+    model.load_state_dict(weights, strict=True)
+    with torch.no_grad():
+        out = model(*(tensors[f"in/{name}"] for name in "xty"))
+    torch.testing.assert_close(out, tensors["out"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(made, weights["pos_embed"], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("a1", 14.8), ("a2", 77.2), ("a3", 215), ("a4", 458), ("a5", 1200), ("a6", 1900)]
+)
+def test_sizes_are_the_papers(name: str, millions: float) -> None:
+    """With ImageNet's 1001 labels and learned variances, as the papers count."""
+    with torch.device("meta"):
+        model = DiT(SIZES[name])
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.02)
+
+
+def test_a_fresh_dit_says_nothing() -> None:
+    model = DiT(Size(32, 2, 2), labels=3, grid=4)
+    assert not model(noise(2, 4, 8, 8), torch.tensor([5, 900]), torch.tensor([0, 2])).any()
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return Config(latent_channels=26, latent_std=tuple(np.linspace(0.05, 1.5, 26).tolist()), **TINY)
+
+
+@pytest.fixture(scope="module")
+def alphas() -> torch.Tensor:
+    return torch.tensor(NoiseSchedule("cosine", 1000, zero_terminal_snr=True).alphas_cumprod)
+
+
+def shaken(module: nn.Module) -> nn.Module:
+    """Random weights everywhere, also where training starts from zero."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return module.eval()
+
+
+@pytest.fixture(scope="module")
+def encoder(config: Config) -> nn.Module:
+    torch.manual_seed(0)
+    return shaken(Encoder(config))
+
+
+@pytest.fixture(scope="module")
+def denoiser(config: Config, alphas: torch.Tensor) -> nn.Module:
+    torch.manual_seed(0)
+    return shaken(Denoiser(config, alphas))
+
+
+@torch.no_grad()
+def test_a_mixed_batch_is_encoded_as_each_task_alone(encoder: Encoder) -> None:
+    image, prompt = noise(5, 3, 48, 32).tanh(), noise(5, 3, 48, 32, seed=1).tanh()
+    labels = torch.tensor([1, 0, 2, 1, 2])
+    context, detail = encoder(image, prompt, labels)
+    for label, task in enumerate(TASKS):
+        rows = labels == label
+        alone, fine, guess = encoder.of_task(image[rows], prompt[rows], task)
+        torch.testing.assert_close(context[rows], alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(detail[rows], fine, atol=1e-5, rtol=1e-5)
+        assert (guess is not None) == (task == "flow")
+
+
+@torch.no_grad()
+def test_depth_looks_at_the_picture_alone_and_the_others_at_their_prompt(encoder: Encoder) -> None:
+    image, prompt = noise(3, 3, 32, 32).tanh(), noise(3, 3, 32, 32, seed=1).tanh()
+    labels = torch.arange(3)
+    one, other = encoder(image, prompt, labels)[0], encoder(image, -prompt, labels)[0]
+    changes = (one - other).abs().amax((1, 2, 3))
+    assert changes[0] == 0
+    assert (changes[1:] > 1e-3).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (16, 112), (96, 32), (64, 80)])
+def test_any_multiple_of_16_in_any_aspect_goes_through(
+    encoder: Encoder, denoiser: Denoiser, config: Config, height: int, width: int
+) -> None:
+    task = torch.arange(3)
+    context, detail = encoder(noise(3, 3, height, width), noise(3, 3, height, width, seed=1), task)
+    assert context.shape == (3, config.width, height // 16, width // 16)
+    assert detail.shape == (3, config.detail_channels, height // 8, width // 8)
+    latent = noise(3, 26, height // 8, width // 8)
+    prediction = denoiser(latent, torch.tensor([0, 500, 999]), task, context, detail)
+    assert prediction.shape == latent.shape
+    assert prediction.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_sample_does_not_know_its_neighbours(encoder: Encoder, denoiser: Denoiser) -> None:
+    """Each with its own task and timestep, in one batch or alone: what batches of many requests rest on."""
+    image, prompt, latent = noise(3, 3, 32, 48), noise(3, 3, 32, 48, seed=1), noise(3, 26, 4, 6)
+    task, timestep = torch.tensor([2, 0, 1]), torch.tensor([999, 3, 400])
+    together = denoiser(latent, timestep, task, *encoder(image, prompt, task))
+    for row in range(3):
+        one = slice(row, row + 1)
+        alone = denoiser(latent[one], timestep[one], task[one], *encoder(image[one], prompt[one], task[one]))
+        torch.testing.assert_close(together[one], alone, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_every_task_has_its_own_input_convolution() -> None:
+    embed = RoutedPatchEmbed(channels=5, width=7, patch=2, tasks=3)
+    nn.init.normal_(embed.bias)
+    x, task = noise(4, 5, 6, 8), torch.tensor([2, 0, 1, 2])
+    for row, label in enumerate(task.tolist()):
+        weight = embed.weight[label].T.reshape(7, 5, 2, 2)
+        expected = nn.functional.conv2d(x[row], weight, embed.bias[label], stride=2).flatten(1).T
+        torch.testing.assert_close(embed(x, task)[row], expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_matcher_that_knows_its_cells_finds_where_they_went() -> None:
+    matcher = Matcher(quarter=16, eighth=32)
+    matcher.temperature.fill_(6.0)
+    first = noise(1, 32, 6, 9)
+    second = first.roll((1, 2), (2, 3))  # one cell down, two to the right
+    guess, confidence = matcher.everywhere(first, second)
+    inside = guess[0, :, :-1, :-2]
+    torch.testing.assert_close(inside, torch.tensor([2.0, 1.0])[:, None, None].expand_as(inside), atol=0.05, rtol=0)
+    assert (confidence > 0.9).all()
+
+
+@torch.no_grad()
+def test_a_fresh_denoiser_makes_the_best_linear_guess(config: Config, alphas: torch.Tensor) -> None:
+    """On simulated Gaussian data: no line through the data does better, and what it leaves over has the gain's size."""
+    fresh = Denoiser(config, alphas)
+    rng = np.random.default_rng(0)
+    z0, eps = rng.normal(size=(2, 26, 20_000))
+    z0 *= np.array(config.latent_std)[:, None]
+    context, detail = noise(1, config.width, 2, 2), noise(1, config.detail_channels, 4, 4)
+    latent = noise(1, 26, 4, 4)
+    for t in (0, 250, 700, 950, 999):
+        answer = fresh(latent, torch.tensor([t]), torch.tensor([1]), context, detail)
+        slope = (answer / latent)[0].flatten(1).double().numpy()
+        np.testing.assert_allclose(slope, slope[:, :1].repeat(16, 1), rtol=1e-4, atol=1e-6)
+        a, b = np.sqrt(alphas[t].item()), np.sqrt(1 - alphas[t].item())
+        z, v = a * z0 + b * eps, a * eps - b * z0
+        best = (v * z).mean(1, keepdims=True) / (z * z).mean(1, keepdims=True)
+        left, least = (((v - k * z) ** 2).mean(1) for k in (slope[:, :1], best))
+        assert (left < 1.001 * least).all()
+        np.testing.assert_allclose(fresh.gain[t].numpy(), np.sqrt(left), rtol=0.03)
