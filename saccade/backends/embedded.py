@@ -55,13 +55,14 @@ class Embedded:
         card = repository.card(model or repository.default())
         repository.verify(card)
         engine, precision = choose(engine, precision)
-        threads = threads or default_threads()
         names: dict[Part, str] = {"encoder": card.encoder, "denoiser": card.name, "decoder": card.decoder}
-        engines = {
-            part: open_engine(repository.graph(name), engine, "fp32" if part == "decoder" else precision, threads)
-            for part, name in names.items()
-        }
-        return cls(card, engines, engine, precision)
+
+        def compiled(part: Part) -> Engine:
+            own = "fp32" if part == "decoder" else precision
+            return open_engine(repository.graph(names[part]), engine, own, threads or default_threads())
+
+        with ThreadPoolExecutor(len(names)) as pool:  # most of a start is compiling
+            return cls(card, dict(zip(names, pool.map(compiled, names), strict=True)), engine, precision)
 
     async def encode(self, image: Array, prompt: Array, task: Labels, ticket: Ticket) -> Conditioning:
         results = await self._run("encoder", {"image": image, "prompt": prompt, "task": task})

@@ -1,4 +1,4 @@
-"""Small stocks of made-up textures and small shards, drawn once; one thread, so that sums come out the same every time."""
+"""Small stocks of textures and small shards, drawn once; one thread, so that sums come out the same every time."""
 
 from __future__ import annotations
 

@@ -35,9 +35,7 @@ def test_a_batch_is_a_function_of_seed_step_task_and_size(shards: Path) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("size", [(32, 48), (64, 16)])
-def test_batches_have_the_shapes_and_ranges_the_networks_expect(
-    shards: Path, task: str, size: tuple[int, int]
-) -> None:
+def test_batches_have_the_shapes_and_ranges_the_networks_expect(shards: Path, task: str, size: tuple[int, int]) -> None:
     batch = Scenes(shards).batch(0, task, 3, size)
     assert batch.image.shape == batch.prompt.shape == (3, 3, *size)
     assert batch.target.shape == (3, 4, *size)
