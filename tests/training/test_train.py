@@ -96,7 +96,7 @@ def test_a_run_killed_while_it_wrote_its_checkpoint_goes_on_from_the_one_before(
     config, out = tmp_path / "run.toml", tmp_path / "out"
     config.write_text(toml(recipe))
     command = [str(config), "--out", str(out), "--threads", "1"]
-    killed = subprocess.run([sys.executable, "-c", TORN, *command], cwd=ROOT, timeout=120, check=False)
+    killed = subprocess.run([sys.executable, "-c", TORN, *command], cwd=ROOT, timeout=300, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert (out / "checkpoint.part").read_bytes() == b"half a checkpoint"
     assert checkpoint(out)["step"] == 2
