@@ -98,10 +98,10 @@ class Stem(nn.Module):
 
 
 class Motion(NamedTuple):
-    """`cells` [B, 2, H/8, W/8]: the softmax's guess, in eighth-cells. `coded` [B, 2, H/4, W/4]: read off the local cost
-    volumes, in the flow's target code. Only training looks at them."""
+    """`log_match` [B, N, N]: how likely each of the N eighth-cells went to each. `coded` [B, 2, H/4, W/4]: read off the
+    local cost volumes, in the flow's target code. Only training looks at them."""
 
-    cells: Tensor
+    log_match: Tensor
     coded: Tensor
 
 
@@ -122,20 +122,16 @@ class Matcher(nn.Module):
         self.read = nn.Conv2d(64, 2, 3, padding=1)
 
     def forward(self, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Motion]:
-        guess, confidence = self.everywhere(first[1], second[1])
+        log_match = self.everywhere(first[1], second[1])
+        guess, confidence = expected_motion(log_match.exp(), *first[1].shape[-2:])
         near = F.gelu(self.around(self.key_fine(first[0]), self.key_fine(second[0]), guess))
         hint = torch.cat([self.down(near), guess / 4, confidence], 1)
-        return self.join(hint), Motion(guess, self.read(near))
+        return self.join(hint), Motion(log_match, self.read(near))
 
-    def everywhere(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """Expected place of every cell among all cells of the second frame, minus its own; and the softmax's peak."""
-        height, width = first.shape[-2:]
+    def everywhere(self, first: Tensor, second: Tensor) -> Tensor:
+        """Every cell of the first frame against every cell of the second: log-probabilities [B, N, N]."""
         one, two = (directions(self.key(x)).flatten(2) for x in (first, second))
-        match = (one.transpose(1, 2) @ two * self.temperature.exp()).float().softmax(-1)
-        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        places = torch.stack([x.flatten(), y.flatten()], -1).to(match)
-        guess = (match @ places - places).transpose(1, 2).reshape(-1, 2, height, width)
-        return guess, match.amax(-1).reshape(-1, 1, height, width)
+        return (one.transpose(1, 2) @ two * self.temperature.exp()).float().log_softmax(-1)
 
     def around(self, first: Tensor, second: Tensor, guess: Tensor) -> Tensor:
         """Cost volumes around the guess and around no motion, with the features themselves, [B, 64, H/4, W/4]."""
@@ -143,6 +139,14 @@ class Matcher(nn.Module):
         warped = warp(two, guess)
         costs = [*cost_volume(one, warped, self.MOVED), one, warped, *cost_volume(one, two, self.STILL)]
         return self.local(torch.cat(costs, 1))
+
+
+def expected_motion(match: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Probabilities [B, N, N] -> expected place minus own place [B, 2, h, w] in cells, and the peak [B, 1, h, w]."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    places = torch.stack([x.flatten(), y.flatten()], -1).to(match)
+    guess = (match @ places - places).transpose(1, 2).reshape(-1, 2, height, width)
+    return guess, match.amax(-1).reshape(-1, 1, height, width)
 
 
 def directions(features: Tensor) -> Tensor:
