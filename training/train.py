@@ -158,26 +158,32 @@ def loss_of(
 
 
 def matching_loss(motion: Motion, coded: Tensor, longer_edge: int) -> Tensor:
-    """What the matcher should have found: the true place's log-likelihood (its four neighbours share it bilinearly; cells
-    that leave the picture do not count), and L1 of the local reading in the target's code."""
-    cells = F.avg_pool2d(coded, 8)
-    height, width = cells.shape[-2:]
-    coding = FlowCoding()
+    """What the matcher should have found: the true places' likelihood, and L1 of the local reading."""
+    far = unlikelihood(motion.log_match, flow_in_cells(coded, longer_edge))
+    near = (motion.coded.float() - F.avg_pool2d(coded, 4)).abs().mean()
+    return 0.2 * far + near
+
+
+def flow_in_cells(coded: Tensor, longer_edge: int) -> Tensor:
+    """Coded flow [B, 2, H, W] -> displacement [B, 2, H/8, W/8] in eighth-cells."""
+    cells, coding = F.avg_pool2d(coded, 8), FlowCoding()
     share = torch.expm1(cells.abs() * np.log1p(coding.reach / coding.knee)) * coding.knee
-    flow = cells.sign() * share * longer_edge / 8
+    return cells.sign() * share * longer_edge / 8
+
+
+def unlikelihood(log_match: Tensor, flow: Tensor) -> Tensor:
+    """Mean negative log-probability [B, N, N] of where cells went by flow [B, 2, h, w]; the four cells around a place
+    share it bilinearly, and cells that leave the picture do not count."""
+    height, width = flow.shape[-2:]
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     to_x, to_y = (x + flow[:, 0]).flatten(1), (y + flow[:, 1]).flatten(1)
     stays = (to_x >= 0) & (to_x <= width - 1) & (to_y >= 0) & (to_y <= height - 1)
-    likelihood = torch.zeros_like(to_x)
-    for dx in (0, 1):
-        for dy in (0, 1):
-            at_x, at_y = (to_x.floor() + dx).clamp(0, width - 1), (to_y.floor() + dy).clamp(0, height - 1)
-            part = (1 - (to_x - at_x).abs()).clamp(min=0) * (1 - (to_y - at_y).abs()).clamp(min=0)
-            there = (at_y * width + at_x).long()[..., None]
-            likelihood = likelihood + part * motion.log_match.gather(2, there)[..., 0]
-    far = -(likelihood * stays).sum() / stays.sum().clamp(min=1)
-    near = (motion.coded.float() - F.avg_pool2d(coded, 4)).abs().mean()
-    return 0.2 * far + near
+    total = torch.zeros_like(to_x)
+    for dx, dy in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        at_x, at_y = (to_x.floor() + dx).clamp(0, width - 1), (to_y.floor() + dy).clamp(0, height - 1)
+        share = (1 - (to_x - at_x).abs()).clamp(min=0) * (1 - (to_y - at_y).abs()).clamp(min=0)
+        total = total + share * log_match.gather(2, (at_y * width + at_x).long()[..., None])[..., 0]
+    return -(total * stays).sum() / stays.sum().clamp(min=1)
 
 
 class Run:
