@@ -349,7 +349,15 @@ def test_ctrl_c_ends_a_folder_cleanly(
     Image.fromarray(pixels(scene.image)).resize((1024, 1024)).save(photos / "2.png")
     command = [sys.executable, "-m", "saccade", "depth", "photos", "-o", "out", "--steps", "1000"]
     command += ["--processing-resolution", "0", "--model-repository", str(toy_repository)]
-    with subprocess.Popen(command, cwd=tmp_path, env=quiet, stderr=subprocess.PIPE, text=True) as running:
+    # Whoever runs the tests in the background may ignore SIGINT, and children inherit that.
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=quiet,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as running:
         while not (tmp_path / "out" / "1.png").exists():
             assert running.poll() is None
             time.sleep(0.05)
