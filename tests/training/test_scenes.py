@@ -130,6 +130,29 @@ def warped(second: np.ndarray, flow: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return fetched, (to_x >= 0) & (to_y >= 0) & (to_x <= width - 1) & (to_y <= height - 1)
 
 
+def test_a_solid_that_moves_and_turns_takes_its_pixels_along(atlas: raycast.Atlas) -> None:
+    """A box in a room, shifted by (0.4, -0.2, 0.3) m and turned by 0.3 about its upright; the camera stays."""
+    builder = worlds.Builder(atlas, np.random.default_rng(0))
+    builder.add(BOX, [0, 0, 0], [5, 5, 8])
+    builder.add(BOX, [0, 0, 4], [1, 1, 1])
+    solids = builder.solids()
+    shift, turn = np.array([0.4, -0.2, 0.3]), 0.3
+    moving = torch.tensor([[0.0], [1.0]])
+    moved = raycast.turned(solids, moving * torch.tensor(shift).float(), moving[:, 0] * turn)
+    camera = Camera(torch.eye(3), torch.zeros(3), FOCAL)
+    light = raycast.Light(torch.tensor([0.0, -1, 0]), False, 0.5, torch.ones(3), shadows=False)
+    world = raycast.World(solids, moved, (camera, camera), light, None, 1e6, 40.0)
+    flow = raycast.cast(world, atlas, np.random.default_rng(0), EDGE).flow
+    rays = pinhole()
+    face, outside = ((np.abs(rays[..., :2]).max(-1) * 3 < 0.99), (np.abs(rays[..., :2]).max(-1) * 3 > 1.01))
+    c, s = np.cos(turn), np.sin(turn)
+    local = rays[face] * 3 - [0, 0, 4]
+    points = local @ np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]]).T + [0, 0, 4] + shift
+    expected = (points[:, :2] / points[:, 2:] - rays[face][:, :2]) * FOCAL
+    np.testing.assert_allclose(flow[face], expected, atol=1e-3)
+    np.testing.assert_allclose(flow[outside], 0, atol=1e-3)
+
+
 class Noiseless:
     """A generator that leaves the cameras' noise out."""
 
