@@ -15,7 +15,7 @@ from saccade.schedule import NoiseSchedule
 from tests.training.conftest import TINY
 from training.models.codec import BLOCK, KEPT, DCTCodec
 from training.models.dit import SIZES, DiT, Size
-from training.models.perceiver import TASKS, Config, Denoiser, Encoder, Matcher, RoutedPatchEmbed
+from training.models.perceiver import TASKS, Config, Denoiser, Encoder, Matcher, RoutedPatchEmbed, expected_motion
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 LOWEST = [(0, 0), (0, 1), (1, 0), (0, 2), (1, 1), (2, 0), (0, 3), (1, 2), (2, 1), (3, 0)]  # (row, column) frequency
@@ -195,7 +195,7 @@ def test_a_matcher_that_knows_its_cells_finds_where_they_went() -> None:
     matcher.temperature.fill_(6.0)
     first = noise(1, 32, 6, 9)
     second = first.roll((1, 2), (2, 3))  # one cell down, two to the right
-    guess, confidence = matcher.everywhere(first, second)
+    guess, confidence = expected_motion(matcher.everywhere(first, second).exp(), 6, 9)
     inside = guess[0, :, :-1, :-2]
     torch.testing.assert_close(inside, torch.tensor([2.0, 1.0])[:, None, None].expand_as(inside), atol=0.05, rtol=0)
     assert (confidence > 0.9).all()

@@ -172,12 +172,16 @@ def test_the_average_follows_the_weights(run: Run) -> None:
 
 
 def test_a_matcher_that_is_right_costs_nothing() -> None:
-    coded = torch.from_numpy(train.FlowCoding().encode(np.stack([np.full((16, 32), 4.0), np.full((16, 32), -2.0)]), 32))
-    flow = torch.tensor([4.0, -2.0])[None, :, None, None]
-    right = Motion(flow.expand(1, 2, 2, 4) / 8, coded[None, :, ::4, ::4])
-    assert train.matching_loss(right, coded[None], 32) < 1e-5
-    wrong = Motion(-right.cells, right.coded)
-    assert train.matching_loss(wrong, coded[None], 32) > 0.1
+    """On 4 x 4 cells everything goes one cell right and one up; what leaves the picture does not count."""
+    flow = np.stack([np.full((32, 32), 8.0), np.full((32, 32), -8.0)])
+    coded = torch.from_numpy(train.FlowCoding().encode(flow, 32))[None]
+    went = np.arange(16) - 4 + 1
+    certain = torch.full((1, 16, 16), -50.0)
+    certain[0, np.arange(16), np.clip(went, 0, 15)] = 0
+    right = Motion(certain, coded[..., ::4, ::4])
+    assert train.matching_loss(right, coded, 32) < 1e-4
+    assert train.matching_loss(Motion(certain.roll(1, 2), right.coded), coded, 32) > 5
+    assert train.matching_loss(Motion(certain, -right.coded), coded, 32) > 0.5
 
 
 def test_a_report_is_a_row_of_the_log(run: Run) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from training.scenes.assets import CUTOUT_PX, TEXTURE_PX, Assets
 
@@ -30,14 +31,13 @@ class Atlas:
 
     @classmethod
     def of(cls, assets: Assets, levels: int = 4) -> Atlas:
-        base = torch.from_numpy(assets.textures).float().permute(0, 3, 1, 2) / 255
+        base = torch.from_numpy(assets.textures).float().permute(0, 3, 1, 2)
         pyramid = [base]
-        for _ in range(levels - 1):
-            small = torch.nn.functional.avg_pool2d(pyramid[-1], 3, 1, 1)
-            for _ in range(2 ** len(pyramid)):
-                small = torch.nn.functional.avg_pool2d(small, 3, 1, 1)
-            pyramid.append(small)
-        textures = torch.stack(pyramid).permute(0, 1, 3, 4, 2).mul(255).byte()
+        for level in range(1, levels):
+            small = F.pad(F.avg_pool2d(base, 2**level), (1, 1, 1, 1), mode="circular")  # textures repeat
+            wide = F.interpolate(small, scale_factor=2**level, mode="bilinear", align_corners=False)
+            pyramid.append(wide[..., 2**level : -(2**level), 2**level : -(2**level)])
+        textures = torch.stack(pyramid).permute(0, 1, 3, 4, 2).round().byte()
         return cls(textures.contiguous(), torch.from_numpy(assets.cutouts))
 
 
@@ -206,7 +206,7 @@ def shade(
 def _surface(local: Tensor, solids: Solids, index: Tensor) -> tuple[Tensor, Tensor]:
     """Local normals [N, 3] and texture coordinates in metres [N, 2] of points on unit solids."""
     half, kind = solids.half[index], solids.kind[index]
-    face = torch.nn.functional.one_hot(local.abs().argmax(-1), 3).float() * torch.sign(local)
+    face = F.one_hot(local.abs().argmax(-1), 3).float() * torch.sign(local)
     side = torch.stack([local[:, 0], torch.zeros_like(local[:, 0]), local[:, 2]], -1)
     cap = torch.stack([torch.zeros_like(local[:, 0]), torch.sign(local[:, 1]), torch.zeros_like(local[:, 0])], -1)
     round_ = torch.where((local[:, 1].abs() > 0.999)[:, None], cap, side)
@@ -221,7 +221,7 @@ def _surface(local: Tensor, solids: Solids, index: Tensor) -> tuple[Tensor, Tens
     )
     curved_uv = torch.stack([angle, metres[:, 1]], -1)
     uv = torch.where((kind == BOX)[:, None], box_uv, curved_uv)
-    return torch.nn.functional.normalize(normal, dim=-1), uv
+    return F.normalize(normal, dim=-1), uv
 
 
 def _albedo(local: Tensor, uv: Tensor, footprint: Tensor, solids: Solids, index: Tensor, atlas: Atlas) -> Tensor:
@@ -254,7 +254,7 @@ def _irradiance(light: Light, solids: Solids, points: Tensor, normal: Tensor, at
 
 def _sky(sheet: Tensor, rays: Tensor) -> Tensor:
     """A photograph's upper half or a gradient [256, 256, 3], by the ray's elevation and azimuth."""
-    unit = torch.nn.functional.normalize(rays, dim=-1)
+    unit = F.normalize(rays, dim=-1)
     v = ((1 + unit[:, 1].clamp(-1, 0.2)) / 1.2 * (TEXTURE_PX - 1)).long()
     u = ((torch.atan2(unit[:, 0], unit[:, 2]) / np.pi + 1) / 2 * TEXTURE_PX * 2).long() % TEXTURE_PX
     return sheet[v, u]
@@ -285,7 +285,7 @@ def _half_hidden(
     """Choose one solid that is partly hidden (or, rarely, not at all) and shade it as if alone."""
     whole = hits < FAR
     whole[:, 0] = False
-    visible = torch.nn.functional.one_hot(index, hits.shape[1]).bool() & whole
+    visible = F.one_hot(index, hits.shape[1]).bool() & whole
     area, share = whole.float().mean(0), visible.sum(0) / whole.sum(0).clamp(min=1)
     welcome_whole = torch.from_numpy(rng.random(len(area))) < 0.15
     good = (area > 0.01) & (area < 0.5) & (share > 0.25) & ((share < 0.97) | welcome_whole)

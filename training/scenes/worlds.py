@@ -5,7 +5,8 @@ Everything is drawn from one NumPy generator, so a seed is a world.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -30,11 +31,26 @@ Rng = np.random.Generator
 
 
 class Builder:
-    """Collects solids; y is down, so what stands on the floor has a negative half height above it."""
+    """Collects solids; y is down, so what stands on the floor has a negative half height above it.
+
+    Solids of one group move together: `groups` has each solid's, and group 0 never moves.
+    """
 
     def __init__(self, atlas: Atlas, rng: Rng) -> None:
         self.atlas, self.rng = atlas, rng
+        self.groups: list[int] = []
+        self._group: int | None = None
         self.rows: list[tuple[int, float, list[float], list[float], int, list[float], float]] = []
+
+    @contextmanager
+    def as_one(self, fixed: bool = False) -> Iterator[None]:
+        """What is added meanwhile is one group."""
+        self._group = 0 if fixed else self._next_group()
+        yield
+        self._group = None
+
+    def _next_group(self) -> int:
+        return max(self.groups, default=0) + 1
 
     def add(
         self,
@@ -53,6 +69,7 @@ class Builder:
             density = float(np.exp(rng.uniform(-1.2, 0.7))) / max(half[0], half[1])
         if paint or rng.random() < 0.15:
             density *= 0.03
+        self.groups.append(self._next_group() if self._group is None else self._group)
         self.rows.append((kind, yaw, centre, half, int(rng.integers(sheets)), list(tint), density))
 
     def stand(self, kind: int, x: float, z: float, floor: float, half: list[float], yaw: float | None = None) -> None:
@@ -64,15 +81,16 @@ class Builder:
         """A top on four legs, with things on it."""
         rng = self.rng
         w, h, d, yaw = rng.uniform(0.4, 0.9), rng.uniform(0.4, 0.9), rng.uniform(0.3, 0.6), rng.uniform(0, np.pi)
-        self.add(BOX, [x, floor - h, z], [w, 0.03, d], yaw)
         turn = upright(torch.tensor([yaw]))[0].numpy()
-        for sx, sz in ((-1, -1), (-1, 1), (1, -1), (1, 1)):
-            at = turn @ np.array([sx * (w - 0.05), 0, sz * (d - 0.05)])
-            self.add(BOX, [x + at[0], floor - h / 2, z + at[2]], [0.03, h / 2, 0.03], yaw)
-        for _ in range(rng.integers(1, 4)):
-            at = turn @ np.array([rng.uniform(-0.8, 0.8) * w, 0, rng.uniform(-0.8, 0.8) * d])
-            size = rng.uniform(0.05, 0.18, 3)
-            self.stand(int(rng.choice([BOX, ELLIPSOID, CYLINDER])), x + at[0], z + at[2], floor - h - 0.03, list(size))
+        with self.as_one():
+            self.add(BOX, [x, floor - h, z], [w, 0.03, d], yaw)
+            for sx, sz in ((-1, -1), (-1, 1), (1, -1), (1, 1)):
+                at = turn @ np.array([sx * (w - 0.05), 0, sz * (d - 0.05)])
+                self.add(BOX, [x + at[0], floor - h / 2, z + at[2]], [0.03, h / 2, 0.03], yaw)
+            for _ in range(rng.integers(1, 4)):
+                at = turn @ np.array([rng.uniform(-0.8, 0.8) * w, 0, rng.uniform(-0.8, 0.8) * d])
+                kind, half = int(rng.choice([BOX, ELLIPSOID, CYLINDER])), list(rng.uniform(0.05, 0.18, 3))
+                self.stand(kind, x + at[0], z + at[2], floor - h - 0.03, half)
 
     def solids(self) -> Solids:
         kind, yaw, centre, half, sheet, tint, density = zip(*self.rows, strict=True)
@@ -85,10 +103,8 @@ def room(atlas: Atlas, rng: Rng, size: int) -> World:
     """A closed room seen from inside at eye, sitting or robot height."""
     b = Builder(atlas, rng)
     w, h, d = rng.uniform(1.2, 3.5), rng.uniform(1.1, 1.7), rng.uniform(1.5, 5)
-    b.add(BOX, [0, 0, 0], [w, h, d], density=float(rng.uniform(0.2, 1.2)), paint=rng.random() < 0.6)
-    b.add(BOX, [0, h + 0.499, 0], [w, 0.5, d], density=float(rng.uniform(0.3, 2)))
-    if rng.random() < 0.7:
-        b.add(BOX, [0, -h - 0.499, 0], [w, 0.5, d], density=0.3, paint=True)
+    with b.as_one(fixed=True):
+        _shell(b, w, h, d)
     for _ in range(rng.integers(0, 3)):
         b.table(rng.uniform(-0.8, 0.8) * w, rng.uniform(-0.5, 0.9) * d, h)
     for _ in range(rng.integers(3, 11)):
@@ -101,9 +117,6 @@ def room(atlas: Atlas, rng: Rng, size: int) -> World:
         x = rng.uniform(-0.8, 0.8) * w if back else rng.choice([-1, 1]) * (w - tall[2])
         z = d - tall[2] if back else rng.uniform(-0.3, 0.9) * d
         b.stand(BOX, x, z, h, tall, 0.0 if back else np.pi / 2)
-    for _ in range(rng.integers(0, 4)):  # pictures and windows on the far wall
-        half = [rng.uniform(0.2, 0.7), rng.uniform(0.2, 0.5), 0.02]
-        b.add(BOX, [rng.uniform(-0.8, 0.8) * w, rng.uniform(-0.7, 0.2) * h, d - 0.02], half, density=1 / (2 * half[0]))
     for _ in range(rng.integers(0, 3)):
         _person(b, rng.uniform(-0.7, 0.7) * w, rng.uniform(-0.2, 0.8) * d, h, rng.uniform(0.5, 0.85))
     eye = torch.tensor([rng.uniform(-0.5, 0.5) * w, rng.uniform(-0.5, 0.6) * h, -d * rng.uniform(0.3, 0.95)])
@@ -113,29 +126,54 @@ def room(atlas: Atlas, rng: Rng, size: int) -> World:
     return _world(b, camera, rng, light, None, 40.0)
 
 
-def street(atlas: Atlas, rng: Rng, size: int) -> World:
-    """Open ground under a sky, with houses along the sides, trees, cars and people."""
-    b = Builder(atlas, rng)
-    floor = float(rng.uniform(1.2, 2.0))
-    far = float(rng.uniform(30, 120))
+def _shell(b: Builder, w: float, h: float, d: float) -> None:
+    """Walls, a floor and often a ceiling of other stuff, pictures and windows on the far wall."""
+    rng = b.rng
+    b.add(BOX, [0, 0, 0], [w, h, d], density=float(rng.uniform(0.2, 1.2)), paint=rng.random() < 0.6)
+    b.add(BOX, [0, h + 0.499, 0], [w, 0.5, d], density=float(rng.uniform(0.3, 2)))
+    if rng.random() < 0.7:
+        b.add(BOX, [0, -h - 0.499, 0], [w, 0.5, d], density=0.3, paint=True)
+    for _ in range(rng.integers(0, 4)):
+        half = [rng.uniform(0.2, 0.7), rng.uniform(0.2, 0.5), 0.02]
+        at = [rng.uniform(-0.8, 0.8) * w, rng.uniform(-0.7, 0.2) * h, d - 0.02]
+        b.add(BOX, at, half, density=1 / (2 * half[0]))
+
+
+def _still_street(b: Builder, floor: float, gap: float, far: float) -> None:
+    """Ground, houses along both sides `gap` metres from the middle, trees."""
+    rng = b.rng
     b.add(BOX, [0, floor + 0.5, 0], [400, 0.5, 400], density=float(np.exp(rng.uniform(-3, -0.5))))
-    gap = rng.uniform(3, 12)
     for side in (-1, 1):
         z = rng.uniform(0, 10)
         while z < far and rng.random() < 0.93:
             half = [rng.uniform(2, 6), rng.uniform(1.5, 7), rng.uniform(2, 7)]
             b.stand(BOX, side * (gap + half[0] + rng.uniform(0, 4)), z + half[2], floor, half, 0.0)
             z += 2 * half[2] + rng.choice([0.0, rng.uniform(0, 12)])
-    for _ in range(rng.integers(0, 7)):  # trees: a trunk and a crown
+    for _ in range(rng.integers(0, 7)):
         x, z, tall = rng.choice([-1, 1]) * rng.uniform(2, gap + 3), rng.uniform(4, 40), rng.uniform(1, 2.5)
-        b.stand(CYLINDER, x, z, floor, [rng.uniform(0.1, 0.3), tall / 2 + 0.5, 0.2])
         crown = rng.uniform(0.8, 2.2)
+        b.stand(CYLINDER, x, z, floor, [rng.uniform(0.1, 0.3), tall / 2 + 0.5, 0.2])
         b.add(ELLIPSOID, [x, floor - tall - crown * 0.8, z], [crown, crown, crown])
-    for _ in range(rng.integers(0, 6)):  # cars: a body and a cabin
-        x, z = rng.uniform(-gap, gap), rng.uniform(5, 40)
-        yaw = rng.normal(0, 0.1) + rng.choice([0, np.pi / 2], p=[0.8, 0.2])
+
+
+def _car(b: Builder, x: float, z: float, floor: float) -> None:
+    """A body and a cabin, along the street or across."""
+    yaw = b.rng.normal(0, 0.1) + b.rng.choice([0, np.pi / 2], p=[0.8, 0.2])
+    with b.as_one():
         b.stand(BOX, x, z, floor - 0.25, [0.85, 0.35, 2.0], yaw)
         b.stand(BOX, x, z, floor - 0.95, [0.75, 0.28, 1.1], yaw)
+
+
+def street(atlas: Atlas, rng: Rng, size: int) -> World:
+    """Open ground under a sky, with houses along the sides, trees, cars and people."""
+    b = Builder(atlas, rng)
+    floor = float(rng.uniform(1.2, 2.0))
+    far = float(rng.uniform(30, 120))
+    gap = rng.uniform(3, 12)
+    with b.as_one(fixed=True):
+        _still_street(b, floor, gap, far)
+    for _ in range(rng.integers(0, 6)):
+        _car(b, rng.uniform(-gap, gap), rng.uniform(5, 40), floor)
     for _ in range(rng.integers(0, 6)):
         _person(b, rng.uniform(-gap, gap), rng.uniform(2.5, 25), floor, rng.uniform(0.75, 1.0))
     eye = torch.tensor([rng.uniform(-1.5, 1.5), rng.uniform(-0.6, 0.4), 0.0])
@@ -150,9 +188,10 @@ def table_top(atlas: Atlas, rng: Rng, size: int) -> World:
     b = Builder(atlas, rng)
     floor = float(rng.uniform(0.25, 0.8))
     depth = rng.uniform(1.0, 4.0)
-    b.add(BOX, [0, floor - 1.5, depth - 4], [rng.uniform(1.2, 3), 1.5, 4], density=float(rng.uniform(0.8, 4)))
-    if rng.random() < 0.6:  # the surface is not of the walls' stuff
-        b.add(BOX, [0, floor + 0.499, depth - 4], [4, 0.5, 4], density=float(rng.uniform(0.8, 5)))
+    with b.as_one(fixed=True):
+        b.add(BOX, [0, floor - 1.5, depth - 4], [rng.uniform(1.2, 3), 1.5, 4], density=float(rng.uniform(0.8, 4)))
+        if rng.random() < 0.6:  # the surface is not of the walls' stuff
+            b.add(BOX, [0, floor + 0.499, depth - 4], [4, 0.5, 4], density=float(rng.uniform(0.8, 5)))
     for _ in range(rng.integers(4, 13)):
         kind = int(rng.choice([BOX, BOX, ELLIPSOID, CYLINDER]))
         half = np.exp(rng.uniform(np.log(0.03), np.log(0.22), 3))
@@ -201,18 +240,38 @@ def _sky_sheet(atlas: Atlas, rng: Rng) -> Tensor:
 
 
 def _world(b: Builder, camera: Camera, rng: Rng, light: Light, sky: Tensor | None, far: float) -> World:
-    """Add the second moment: the camera goes a little way, and some solids move on their own."""
+    """Add the second moment: the camera goes a little way, and some things move on their own."""
     solids = b.solids()
-    count = len(solids.kind)
-    reach = (solids.centre - camera.centre).norm(dim=-1).clamp(0.3, 30)
-    pace = np.exp(rng.normal(-3.6, 0.7))
-    moving = torch.from_numpy(rng.random(count) < 0.3).float()
-    moving[0] = 0
-    shift = torch.from_numpy(rng.normal(0, pace, (count, 3))).float() * torch.tensor([1, 0.2, 1]) * reach[:, None]
-    yaw = torch.from_numpy(rng.normal(0, 2 * pace, count)).float() * moving
-    near = float(reach[1:].median()) if count > 1 else 1.0
-    step = torch.from_numpy(rng.normal(0, pace * near, 3)).float()
-    turn = upright(torch.tensor([rng.normal(0, pace)], dtype=torch.float32))[0] @ tilt(*rng.normal(0, pace * 0.6, 2))
-    second = Camera(camera.pose @ turn, camera.centre + step, camera.focal_px)
+    pace = float(np.exp(rng.normal(-3.6, 0.7)))
+    moved = _move(solids, torch.tensor(b.groups), camera, rng, pace)
     haze = float(np.exp(rng.uniform(np.log(60), np.log(2000)))) if sky is not None else 1e6
-    return World(solids, turned(solids, shift * moving[:, None], yaw), (camera, second), light, sky, haze, far)
+    return World(solids, moved, (camera, _step(solids, moved, camera, rng, pace)), light, sky, haze, far)
+
+
+def _move(solids: Solids, group: Tensor, camera: Camera, rng: Rng, pace: float) -> Solids:
+    """Three in ten groups move, in proportion to their distance; group 0 stays. Single solids also turn."""
+    count = int(group.max()) + 1
+    reach = (solids.centre - camera.centre).norm(dim=-1).clamp(0.3, 30)
+    size = torch.zeros(count).index_add(0, group, torch.ones(len(group)))
+    distance = torch.zeros(count).index_add(0, group, reach) / size.clamp(min=1)
+    moving = torch.from_numpy(rng.random(count) < 0.3) & (torch.arange(count) > 0)
+    shift = torch.from_numpy(rng.normal(0, pace, (count, 3))).float() * torch.tensor([1, 0.2, 1]) * distance[:, None]
+    yaw = torch.from_numpy(rng.normal(0, 2 * pace, count)).float() * (size == 1)
+    return turned(solids, (shift * moving[:, None])[group], (yaw * moving)[group])
+
+
+def _step(solids: Solids, moved: Solids, camera: Camera, rng: Rng, pace: float) -> Camera:
+    """Where the camera is at the second moment: outside of every solid that it was outside of."""
+    near = float((solids.centre - camera.centre).norm(dim=-1).clamp(0.3, 30)[1:].median())
+    turn = upright(torch.tensor([rng.normal(0, pace)], dtype=torch.float32))[0] @ tilt(*rng.normal(0, pace * 0.6, 2))
+    for _ in range(8):
+        centre = camera.centre + torch.from_numpy(rng.normal(0, pace * near, 3)).float()
+        if not (_inside(moved, centre) & ~_inside(solids, camera.centre)).any():
+            return Camera(camera.pose @ turn, centre, camera.focal_px)
+    return Camera(camera.pose @ turn, camera.centre, camera.focal_px)
+
+
+def _inside(solids: Solids, point: Tensor) -> Tensor:
+    """Which solids' boxes hold the point, give or take 5 cm, [P] bool."""
+    local = torch.einsum("pj,pjk->pk", point - solids.centre, solids.pose)
+    return (local.abs() < solids.half + 0.05).all(-1)
