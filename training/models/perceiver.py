@@ -115,6 +115,7 @@ class Matcher(nn.Module):
         self.key = nn.Conv2d(eighth, width, 1)
         self.key_fine = nn.Conv2d(quarter, fine, 1)
         self.temperature = nn.Parameter(torch.tensor(2.5))
+        self.nearness = nn.Parameter(torch.tensor(2.5))
         costs = sum((2 * radius + 1) ** 2 for radius in (self.MOVED, self.STILL))
         self.local = nn.Conv2d(costs + 2 * fine, 64, 3, padding=1)
         self.down = nn.Conv2d(64, eighth, 2, stride=2)
@@ -129,9 +130,11 @@ class Matcher(nn.Module):
         return self.join(hint), Motion(log_match, self.read(near))
 
     def everywhere(self, first: Tensor, second: Tensor) -> Tensor:
-        """Every cell of the first frame against every cell of the second: log-probabilities [B, N, N]."""
+        """Every cell of the first frame against every cell of the second: log-probabilities [B, N, N]. Near cells are
+        likelier before anything is seen, so that what looks the same everywhere stays where it is."""
         one, two = (directions(self.key(x)).flatten(2) for x in (first, second))
-        return (one.transpose(1, 2) @ two * self.temperature.exp()).float().log_softmax(-1)
+        alike = (one.transpose(1, 2) @ two).float() * self.temperature.exp()
+        return (alike - self.nearness.exp() * distances(*first.shape[-2:])).log_softmax(-1)
 
     def around(self, first: Tensor, second: Tensor, guess: Tensor) -> Tensor:
         """Cost volumes around the guess and around no motion, with the features themselves, [B, 64, H/4, W/4]."""
@@ -141,11 +144,23 @@ class Matcher(nn.Module):
         return self.local(torch.cat(costs, 1))
 
 
+def places(height: int, width: int) -> Tensor:
+    """Column and row of every cell, [N, 2] float32."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([x.flatten(), y.flatten()], -1).float()
+
+
+def distances(height: int, width: int) -> Tensor:
+    """Between all cells, [N, N], as a share of the longer edge."""
+    at = places(height, width)
+    apart = (at[:, None] - at[None]).pow(2).sum(-1).sqrt()
+    return apart / (at.amax() + 1)
+
+
 def expected_motion(match: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Probabilities [B, N, N] -> expected place minus own place [B, 2, h, w] in cells, and the peak [B, 1, h, w]."""
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    places = torch.stack([x.flatten(), y.flatten()], -1).to(match)
-    guess = (match @ places - places).transpose(1, 2).reshape(-1, 2, height, width)
+    at = places(height, width)
+    guess = (match @ at - at).transpose(1, 2).reshape(-1, 2, height, width)
     return guess, match.amax(-1).reshape(-1, 1, height, width)
 
 
