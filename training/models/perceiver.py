@@ -154,7 +154,7 @@ def distances(height: int, width: int) -> Tensor:
     """Between all cells, [N, N], as a share of the longer edge."""
     at = places(height, width)
     apart = (at[:, None] - at[None]).pow(2).sum(-1).sqrt()
-    return apart / (at.amax() + 1)
+    return apart / (torch.maximum(at[-1, 0], at[-1, 1]) + 1)
 
 
 def expected_motion(match: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
