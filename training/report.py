@@ -210,6 +210,7 @@ class Sweep:
         """Every point, as JSON text."""
         points = [{**vars(p), "mean": vars(p.mean)} for p in self.points]
         document = {"warning": WARNING, "data": self.data, "model": self.model, "digest": self.digest, "points": points}
+        document["quality"] = [point.model_dump() for point in self.quality()]
         return json.dumps(document, indent=1)
 
     def plot(self, path: Path) -> Path:

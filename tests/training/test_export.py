@@ -18,10 +18,13 @@ import pytest
 import torch
 from torch import nn
 
+from saccade.card import QualityPoint
+from saccade.errors import ModelError
 from saccade.local import Local
 from saccade.repository import Repository
+from tests.toy import build
 from tests.training.conftest import TINY
-from training import export, weights
+from training import annotate, export, weights
 from training.models.perceiver import Config, Matcher
 from training.train import Model, Recipe
 
@@ -233,3 +236,16 @@ def test_labels_that_the_model_was_not_trained_with_are_refused(exported: Export
     run = {"samples": 1, "wall_clock_s": 1.0}
     with pytest.raises(ValueError, match="label"):
         export.describe(exported.model, exported.recipe, run, facts, MODELS, {})
+
+
+def test_a_measured_curve_is_written_into_the_card_and_nothing_else_changes(tmp_path: Path) -> None:
+    repository = Repository(build(tmp_path / "repository"))
+    before, card = repository.config("toy"), repository.card("toy")
+    point = {"task": "depth", "steps": 2, "ensemble_size": 5, "metric": "AbsRel", "value": 0.3, "pictures": 7}
+    sweep = {"model": "toy", "digest": card.digest, "quality": [point | {"set": "x: all"}, point | {"set": "x: dense"}]}
+    annotate.annotate(repository.path, annotate.points(sweep, card.digest))
+    after = repository.config("toy")
+    assert repository.card("toy") == card.model_copy(update={"quality": [QualityPoint(**point, set="x: all")]})
+    assert (after.input, after.output, after.max_batch_size) == (before.input, before.output, before.max_batch_size)
+    with pytest.raises(ModelError, match="not the model"):
+        annotate.points(sweep, "another")
