@@ -19,6 +19,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections import Counter
@@ -349,8 +350,6 @@ def serving(repository: Path | None) -> Iterator[Server]:
 
 def _address(popen: subprocess.Popen[str]) -> str:
     """Read the log until the server says that it is up; later lines are left to a thread."""
-    import threading
-
     log, found = popen.stderr, ""
     if log is None:
         raise RuntimeError("the server has no log")

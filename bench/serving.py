@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from itertools import cycle, islice
 from pathlib import Path
 
 import httpx
@@ -120,30 +121,26 @@ async def latencies(naive: Naive, server: Server, options: Options, rounds: int)
 
 async def throughput(naive: Naive, server: Server, options: Options, rounds: int) -> list[str]:
     """A row for each concurrency: requests a second over 16 requests of mixed tasks, median of `rounds`."""
-    tasks = [task for _, task in zip(range(16), (t for _ in range(16) for t in PARTS), strict=False)]
+    tasks = list(islice(cycle(PARTS), 16))
     rows = []
-
-    async def one_by_one() -> None:
-        for task in tasks:
-            await naive.ask(task, options)
-
     for concurrent in CONCURRENT:
-        gate = asyncio.Semaphore(concurrent)
-
-        async def gated(task: TaskName, gate: asyncio.Semaphore = gate) -> None:
-            async with gate:
-                await server.ask(task, options)
-
-        async def together(gated: Callable[[TaskName], Awaitable[None]] = gated) -> None:
-            await asyncio.gather(*(gated(task) for task in tasks))
-
         slow, fast = [], []
         for _ in range(rounds):
-            slow.append(len(tasks) / await timed(one_by_one))
-            fast.append(len(tasks) / await timed(together))
+            slow.append(len(tasks) / await timed(lambda: ask_all(naive, tasks, options, 1)))
+            fast.append(len(tasks) / await timed(lambda at_once=concurrent: ask_all(server, tasks, options, at_once)))
         a, b = statistics.median(slow), statistics.median(fast)
         rows.append(f"| {concurrent} at a time | {a:.2f} /s | {b:.2f} /s | {b / a:.2f} |")
     return rows
+
+
+async def ask_all(who: Naive | Server, tasks: Sequence[TaskName], options: Options, at_once: int) -> None:
+    gate = asyncio.Semaphore(at_once)
+
+    async def gated(task: TaskName) -> None:
+        async with gate:
+            await who.ask(task, options)
+
+    await asyncio.gather(*map(gated, tasks))
 
 
 async def bench(repository: Path, rounds: int, options: Options) -> str:

@@ -62,8 +62,8 @@ def aligned_median(
     """Median compilation: members [N, H, W] -> (map, uncertainty), [H, W] float32 each, the map stretched to 0 .. 1.
 
     The map is the pixelwise median of the aligned members, the lower one of the middle two when N is even; the
-    uncertainty their median absolute deviation from it, on the map's scale. One member: itself, as it is, with
-    uncertainty 0. Options as in `align`. Raises InvalidInput unless maps is [N, H, W] with N >= 1.
+    uncertainty their median absolute deviation from it, on the map's scale. A flat map is not stretched. One member:
+    itself, as it is, with uncertainty 0. Options as in `align`. Raises InvalidInput unless maps is [N, H, W], N >= 1.
     """
     _check_flat(maps)
     if len(maps) == 1:
@@ -71,7 +71,8 @@ def aligned_median(
     scales, shifts = align(maps, regularizer_strength=regularizer_strength, max_iter=max_iter, tol=tol, max_res=max_res)
     aligned = (scales[:, None, None] * maps + shifts[:, None, None]).astype(np.float32)
     merged = _lower_median(aligned)
-    span = np.float32(max(float(np.ptp(merged)), MIN_RANGE))
+    contrast = float(np.ptp(merged))
+    span = np.float32(contrast if contrast > MIN_RANGE else 1)
     return (merged - merged.min()) / span, (_mad(aligned, merged) / span).astype(np.float32)
 
 

@@ -58,13 +58,13 @@ class Fit:
         """[..., h, w] of the model -> [..., h', w'] without the padding."""
         return planes[..., : self.size[0], : self.size[1]]
 
-    def restore(self, plane: Array, outside: float) -> Array:
-        """[h', w'] content -> [H, W] of the source; `outside` fills what the model did not see."""
+    def restore(self, plane: Array) -> Array:
+        """[h', w'] content -> [H, W] of the source; 0 where the model did not look."""
         top, left, height, width = self.box
         inner = resize(plane, (height, width))
         if (height, width) == self.source:
             return inner
-        full = np.full(self.source, outside, np.float32)
+        full = np.zeros(self.source, np.float32)
         full[top : top + height, left : left + width] = inner
         return full
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
-from saccade.backends import Backend
 from saccade.backends.embedded import Embedded
 from saccade.backends.stepping import Stepping
 from saccade.calls import MAX_PIXELS, Choices, ImageLike, to_bytes
@@ -53,11 +52,18 @@ class Local:
         path = find_repository(None if repository is None else Path(repository))
         embedded = Embedded.load(Repository(path), model, engine=engine, precision=precision, threads=threads)
         self._max_pixels = max_pixels
+        self._backend = Stepping(embedded, batch_size=batch_size)
+        self._pipeline = Pipeline(self._backend)
+        self._closed = False
+        self._door = threading.Lock()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="saccade-local", daemon=True)
         self._thread.start()
-        self._backend: Backend = self._run(_start(embedded, batch_size))
-        self._pipeline = Pipeline(self._backend)
+        try:
+            self._run(self._backend.start())
+        except BaseException:
+            self.close()
+            raise
 
     def depth(self, image: ImageLike, **choices: Unpack[Choices]) -> Answer:
         """How far everything is: prediction [H, W] float32, 0 nearest, 1 farthest."""
@@ -76,10 +82,13 @@ class Local:
         return [self._pipeline.card]
 
     def close(self) -> None:
-        """Let the model go; what still waits is withdrawn. May be called twice."""
-        if self._loop.is_closed():
-            return
-        self._run(self._backend.aclose())
+        """Let the model go; what still waits is withdrawn, and whoever asked is told. May be called twice."""
+        with self._door:
+            if self._closed:
+                return
+            self._closed = True
+            ended = asyncio.run_coroutine_threadsafe(self._end(), self._loop)
+        ended.result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -117,17 +126,17 @@ class Local:
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Await on the loop's thread; leaving early (Ctrl-C) withdraws the work."""
-        if self._loop.is_closed():
-            coroutine.close()
-            raise BackendUnavailable("this Local has been closed")
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        with self._door:
+            if self._closed:
+                coroutine.close()
+                raise BackendUnavailable("this Local has been closed")
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
         finally:
             future.cancel()
 
-
-async def _start(backend: Backend, batch_size: int | None) -> Backend:
-    stepping = Stepping(backend, batch_size=batch_size)
-    await stepping.start()
-    return stepping
+    async def _end(self) -> None:
+        """Close the backend, then see every request off: refused, or with its answer. Later ones find the door shut."""
+        await self._backend.aclose()
+        await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)

@@ -231,7 +231,7 @@ class _Run:
         if isinstance(coding, DepthCoding):
             return self.depth(coding.decode(planes[:, 0]))
         if isinstance(coding, FlowCoding):
-            return self.flow(coding.decode(planes[:, :2], max(self.fit.size)))
+            return self.flow(coding.decode(planes[:, :2], max(self.fit.padded)))
         return self.amodal(coding, planes)
 
     def depth(self, members: Array) -> Answer:
@@ -265,7 +265,7 @@ class _Run:
 
     def sized(self, plane: Array) -> Array:
         """[h', w'] -> the size the caller wants; nothing is where the model did not look."""
-        return self.fit.restore(plane, 0.0) if self.options.match_input_resolution else plane
+        return self.fit.restore(plane) if self.options.match_input_resolution else plane
 
     def answer(self, prediction: Array | Mask, uncertainty: Array) -> Answer:
         return Answer(

@@ -44,7 +44,7 @@ class DepthCoding:
 
 @dataclass(frozen=True)
 class FlowCoding:
-    """Symmetric logarithm of displacement, as a share of the processed picture's longer edge.
+    """Symmetric logarithm of displacement, as a share of the longer edge of the model's picture, padding included.
 
     sign(x) * log(1 + |x| / knee) / log(1 + reach / knee): near zero the code is linear, large motions keep their
     relative precision, `reach` is coded as 1.
@@ -61,7 +61,7 @@ class FlowCoding:
         return clipped
 
     def decode(self, planes: Array, longer_edge_px: float) -> Array:
-        """Coded [..., 2, H, W] -> flow in pixels of the processed picture."""
+        """Coded [..., 2, H, W] -> flow in pixels of the model's picture."""
         clipped = np.clip(planes, -1.5, 1.5)
         share = np.expm1(np.abs(clipped) * np.log1p(self.reach / self.knee)) * self.knee
         flow: Array = (np.sign(clipped) * share * longer_edge_px).astype(np.float32)
@@ -122,14 +122,11 @@ class Task:
     prompt: Literal["none", "next_image", "mask"]
     reductions: tuple[str, ...]
     units: str
-    uncertainty_units: str
 
 
 TASKS: dict[TaskName, Task] = {
     "depth": Task("depth", "none", ("aligned_median", "median", "mean"),
-                  "affine-invariant depth, 0 nearest, 1 farthest", "the same scale as the depth"),
-    "flow": Task("flow", "next_image", ("median", "mean"), "pixels of the input, u right, v down",
-                 "pixels of the input"),
-    "amodal": Task("amodal", "mask", ("mean", "median"), "1 where the whole object is, 0 elsewhere",
-                   "probability, 0 to 0.5"),
+                  "affine-invariant depth, 0 nearest, 1 farthest"),
+    "flow": Task("flow", "next_image", ("median", "mean"), "pixels of the input, u right, v down"),
+    "amodal": Task("amodal", "mask", ("mean", "median"), "1 where the whole object is, 0 elsewhere"),
 }  # fmt: skip

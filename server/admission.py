@@ -60,6 +60,8 @@ class Rate:
 
 
 class Admission:
+    """`pending` units of `requests` requests, of `limit` units at most."""
+
     def __init__(self, limit: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.limit, self.clock = limit, clock
         self.pending, self.requests = 0.0, 0

@@ -31,13 +31,15 @@ logger = logging.getLogger(__name__)
 
 def load(settings: Settings) -> Embedded:
     """The settings' model, in this process. Raises ModelError."""
-    return Embedded.load(
+    embedded = Embedded.load(
         Repository(find_repository(settings.model_repository)),
         settings.model,
         engine=settings.engine,
         precision=settings.precision,
         threads=settings.threads,
     )
+    logger.info("%s runs on %s in %s", embedded.card.name, embedded.engine, embedded.precision)
+    return embedded
 
 
 def create_app(settings: Settings, backend: Backend | None = None) -> FastAPI:
@@ -90,8 +92,7 @@ def serve(settings: Settings) -> None:
     # uvicorn raises the signal again once it has drained: that is a clean end.
     signal.signal(signal.SIGTERM, _leave)
     server = uvicorn.Server(config)
-    address = "http://{}:{}".format(*listener.getsockname()[:2])
-    logger.info("saccade %s starts on %s", __version__, address)
+    logger.info("saccade %s starts on %s", __version__, _url(listener))
     try:
         server.run(sockets=[listener])
     except KeyboardInterrupt:
@@ -114,6 +115,11 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.close()
         _exit(f"cannot listen on {host} port {port}: {error.strerror or error}. Choose another with --port or --host.")
     return listener
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _leave(_: int, __: FrameType | None) -> NoReturn:

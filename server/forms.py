@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import string
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from server.problems import Problem
 MAX_FILES = 4
 MAX_FIELDS = 40
 MAX_FIELD_BYTES = 2**14
+MAX_JSON_SIGNS = 4 * MAX_FIELDS
 T = TypeVar("T")
 InThread = Callable[[Callable[[], T]], Awaitable[T]]
 
@@ -104,6 +106,10 @@ async def _multipart(request: Request, names: tuple[str, ...], max_bytes: int) -
             problems.MALFORMED,
             f"{error.message.rstrip('.')}. Send pictures as file parts (with a filename), options as short fields.",
         ) from error
+    except UnicodeError as error:
+        raise Problem(
+            problems.MALFORMED, "The charset of the Content-Type does not fit the fields. Leave it out and send UTF-8."
+        ) from error
     try:
         for name, value in parts.multi_items():
             if isinstance(value, str):
@@ -145,7 +151,12 @@ def _json(body: bytes, names: tuple[str, ...], max_bytes: int) -> Form:
 
 
 def _members(body: bytes) -> list[tuple[str, Any]]:
-    """Members of the one object in the body, repeated ones too."""
+    """Members of the one object in the body, repeated ones too.
+
+    Base64 has no brackets and no commas: a body of many is refused before it grows a hundredfold in memory.
+    """
+    if sum(map(body.count, (b"[", b"{", b","))) > MAX_JSON_SIGNS:
+        raise Problem(problems.MALFORMED, f"The body must be one flat JSON object of at most {MAX_FIELDS} members.")
     try:
         parsed = json.loads(body, object_pairs_hook=_Members, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -166,12 +177,13 @@ def _no_constant(name: str) -> object:
 def _base64(name: str, value: object, max_bytes: int) -> bytes:
     if not isinstance(value, str):
         raise InvalidInput(f"{name} must be a string of base64", param=name)
-    compact = "".join(value.split())
-    if len(compact) > 4 * -(-max_bytes // 3) + 4:
-        raise too_large(name, max_bytes)
     try:
+        compact = value.encode("ascii").translate(None, string.whitespace.encode())
+        if len(compact) > 4 * -(-max_bytes // 3) + 4:
+            raise too_large(name, max_bytes)
         return base64.b64decode(compact, validate=True)
     except (binascii.Error, ValueError) as error:
         raise InvalidInput(
-            f"{name} is not base64; encode the file's bytes, with no data: prefix", param=name
+            f"{name} is not base64; encode the file's bytes with + and / and = at the end, with no data: prefix",
+            param=name,
         ) from error

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from saccade.errors import SaccadeError
 from saccade.pipeline import Inputs, Options, Pipeline
 from saccade.tasks import TASKS
 
@@ -55,8 +54,9 @@ class Readiness:
             async with asyncio.timeout(PROBE_TIMEOUT_S):
                 await probe(self.pipeline)
         except TimeoutError:
-            self._conclude(f"a tiny inference did not finish within {PROBE_TIMEOUT_S:g} s")
-        except (SaccadeError, ExceptionGroup, RuntimeError) as error:
+            if self.clock() - self._at >= self.ttl_s:  # else real work has succeeded meanwhile
+                self._conclude(f"a tiny inference did not finish within {PROBE_TIMEOUT_S:g} s")
+        except Exception as error:  # whatever it is, the model does not answer
             logger.error("the readiness probe failed", exc_info=error)
             self._conclude("a tiny inference failed")
         else:

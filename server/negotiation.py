@@ -12,7 +12,7 @@ from saccade.tasks import TaskName
 from server import problems
 from server.problems import Problem
 
-_Q = re.compile(r"0(\.[0-9]*)?|1(\.0*)?")
+_Q = re.compile(r"0?\.[0-9]+|0\.?|1(\.0*)?")
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,17 @@ class Range:
 
 
 def parse_accept(header: str) -> list[Range]:
-    """Media ranges, what is malformed left out; an empty header accepts everything."""
+    """Media ranges, what is malformed left out; an empty header accepts everything.
+
+    `*` alone and weights such as .2 are read too: Java has long sent them.
+    """
     ranges = [found for part in header.split(",") if (found := _range(part)) is not None]
     return ranges if header.strip() else [Range("*", "*", 1.0)]
 
 
 def _range(text: str) -> Range | None:
     media, *parameters = (piece.strip().lower() for piece in text.split(";"))
-    main, slash, sub = media.partition("/")
+    main, slash, sub = ("*/*" if media == "*" else media).partition("/")
     if not (main and slash and sub):
         return None
     weights = [value.strip() for name, _, value in (p.partition("=") for p in parameters) if name.strip() == "q"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -153,14 +154,16 @@ def read(known: Mapping[str, Option], given: Iterable[Given]) -> Wanted:
 def unknown(name: str, known: Iterable[str]) -> InvalidInput:
     """The error for a name that is no option, with the nearest that is."""
     names = [*known, *ALIASES]
-    near = difflib.get_close_matches(name, names, 1)
+    near = difflib.get_close_matches(name[:64], names, 1)
     hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
     return InvalidInput(f"unknown option {_shown(name)}; {hint}", param=name[:64])
 
 
 def _shown(value: object) -> str:
     """A stranger's value, short enough to repeat."""
-    text = repr(value)
+    if isinstance(value, list):
+        return "an array or object"
+    text = repr(value[:64]) if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 64 else text[:61] + "..."
 
 

@@ -118,7 +118,6 @@ def internal(error: BaseException) -> Response:
 def install(app: FastAPI) -> None:
     app.add_exception_handler(Problem, _problem)
     app.add_exception_handler(SaccadeError, _saccade)
-    app.add_exception_handler(ExceptionGroup, _group)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(RequestValidationError, _validation)
     app.add_exception_handler(ClientGone, _gone)
@@ -132,13 +131,6 @@ async def _problem(_: Request, error: Exception) -> Response:
 async def _saccade(_: Request, error: Exception) -> Response:
     problem = from_saccade(error) if isinstance(error, SaccadeError) else None
     return internal(error) if problem is None else response(problem)
-
-
-async def _group(request: Request, error: Exception) -> Response:
-    """Tasks that ran together fail together: the first fault speaks for them."""
-    while isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
-    return await _saccade(request, error)
 
 
 async def _http(request: Request, raised: Exception) -> Response:

@@ -27,11 +27,15 @@ def router() -> APIRouter:
     made = APIRouter()
     for task in TASKS:
         made.add_api_route(f"/{task}", _task_route(task), methods=["POST"], name=task)
-    made.add_api_route("/", index)
-    made.add_api_route("/models", models)
-    made.add_api_route("/livez", livez)
-    made.add_api_route("/readyz", readyz)
-    made.add_api_route("/metrics", metrics)
+    plain: dict[str, Callable[..., Awaitable[Response]]] = {
+        "/": index,
+        "/models": models,
+        "/livez": livez,
+        "/readyz": readyz,
+        "/metrics": metrics,
+    }
+    for path, answer in plain.items():
+        made.add_api_route(path, answer, methods=["GET", "HEAD"])
     return made
 
 

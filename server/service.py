@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +14,10 @@ from starlette.types import Receive
 
 from saccade import formats, render
 from saccade.backends import Backend
+from saccade.backends.engines import default_threads
 from saccade.backends.stepping import Stepping
 from saccade.errors import InvalidInput
-from saccade.formats.pictures import open_picture
+from saccade.formats.pictures import open_picture, refusing
 from saccade.pipeline import Answer, Inputs, Pipeline, Resolved
 from saccade.render import Encoded, Format
 from saccade.tasks import TASKS, TaskName
@@ -51,6 +51,8 @@ class Job:
 
 
 class Service:
+    """What every request shares: the queue of steps, admission, readiness, and the threads that read pictures."""
+
     def __init__(self, settings: Settings, backend: Backend, metrics: Metrics) -> None:
         self.settings, self.metrics = settings, metrics
         self.stepping = Stepping(backend, batch_size=settings.batch_size, observer=self._batch)
@@ -59,7 +61,7 @@ class Service:
         self.admission = Admission(settings.queue_limit)
         self.readiness = Readiness(self.pipeline, settings.readiness_ttl_s)
         self.tables = {task: options.table(settings, task) for task in self.card.tasks}
-        self._pool = ThreadPoolExecutor(settings.threads or os.cpu_count(), thread_name_prefix="pictures")
+        self._pool = ThreadPoolExecutor(settings.threads or default_threads(), thread_name_prefix="pictures")
         self._gauges()
 
     async def start(self) -> None:
@@ -107,11 +109,11 @@ class Service:
     def _sizes(self, pictures: dict[str, bytes]) -> list[Size]:
         """(H, W) from the headers alone, before any pixel is decoded."""
         limit = self.settings.max_pixels
-        with_sizes = []
+        sizes = []
         for name, data in pictures.items():
-            with formats.pictures.refusing(name), open_picture(data, max_pixels=limit, param=name) as opened:
-                with_sizes.append((opened.height, opened.width))
-        return with_sizes
+            with refusing(name), open_picture(data, max_pixels=limit, param=name) as opened:
+                sizes.append((opened.height, opened.width))
+        return sizes
 
     def _check_size(self, job: Job, size: Size) -> None:
         most = self.settings.max_processing_resolution

@@ -36,7 +36,9 @@ class Settings(BaseSettings):
     model: str | None = Field(None, description="Which denoiser of the repository to serve; needed if it has several.")
     engine: Literal["auto", "openvino", "onnxruntime"] = Field("auto", description="What runs the graphs.")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="Arithmetic of the graphs' linear layers.")
-    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of the engine; by default every core.")
+    threads: int | None = Field(
+        None, ge=1, le=1024, description="CPU threads of the engine; by default the physical cores."
+    )
     batch_size: int | None = Field(
         None, ge=1, le=1024, description="Most rows in one batch; by default the knee, measured at start-up."
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ from saccade.errors import ModelError
 
 Feeds = Mapping[str, NDArray[Any]]
 log = logging.getLogger(__name__)
+
+# OpenVINO fills its tables of NumPy types at their first use, in C++ statics that let go of Python's lock meanwhile: a
+# second thread that comes to them then waits for the first, and the first for it.
+_READING = threading.Lock()
 
 ENGINES = ("openvino", "onnxruntime")
 PRECISIONS = ("fp32", "bf16")
@@ -98,13 +103,14 @@ class OpenVino:
     """fp32, or bf16 in linear layers and convolutions as `saccade.backends.bf16` says."""
 
     def __init__(self, file: Path, precision: str, threads: int) -> None:
-        import openvino
-
+        openvino = _openvino()
         core = openvino.Core()
-        model = core.read_model(str(file))
-        self.inputs = {port.any_name: _ov_port(port) for port in model.inputs}
-        self.outputs = {port.any_name: _ov_port(port) for port in model.outputs}
-        self.lowered = bf16.narrow(model) if precision == "bf16" else 0
+        with _READING:
+            openvino.Tensor(np.zeros(1, np.float32))
+            model = core.read_model(str(file))
+            self.inputs = {port.any_name: _ov_port(port) for port in model.inputs}
+            self.outputs = {port.any_name: _ov_port(port) for port in model.outputs}
+            self.lowered = bf16.narrow(model) if precision == "bf16" else 0
         properties = {
             "INFERENCE_PRECISION_HINT": "f32",
             "PERFORMANCE_HINT": "LATENCY",
@@ -121,6 +127,14 @@ class OpenVino:
         with self._one_at_a_time:
             results = self._request.infer(whole, share_inputs=True)
         return dict(zip(self.outputs, results.to_tuple(), strict=True))
+
+
+def _openvino() -> Any:
+    """The package without its telemetry: on import that would fork this process and write to Google Analytics."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # as if it were not installed
+    import openvino
+
+    return openvino
 
 
 def _ort_port(port: Any) -> Port:

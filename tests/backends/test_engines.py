@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +152,15 @@ def test_a_file_that_is_no_graph_is_a_model_error(tmp_path: Path, engine: str, d
     with pytest.raises(ModelError, match=r"toy/1/model\.onnx") as caught:
         open_engine(file, engine, "fp32", 1)
     assert str(tmp_path) not in str(caught.value)
+
+
+def test_openvino_tells_nobody_that_it_runs() -> None:
+    code = (
+        "import sys, threading; from saccade.backends.engines import _openvino; _openvino().Core();"
+        "print(threading.active_count(), *(name for name in sys.modules if name.startswith('openvino_telemetry.')))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "1"
 
 
 def test_without_an_engine_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from saccade import ensemble
+from saccade.backends.stepping import Stepping
 from saccade.errors import BackendUnavailable, InvalidInput, ModelError
 from saccade.local import Local
 from tests import toy
@@ -55,6 +60,47 @@ def test_pictures_over_the_limit(toy_repository: Path, scene: Scene) -> None:
 def test_a_broken_model_is_called_so(tmp_path: Path, scene: Scene) -> None:
     with Local(toy.build(tmp_path, fault="nan"), threads=1) as broken, pytest.raises(ModelError):
         broken.depth(scene.image, ensemble_size=3)
+
+
+def ours() -> list[str]:
+    return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("saccade-"))
+
+
+def test_a_model_that_cannot_start_leaves_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(_: Stepping) -> None:
+        raise ModelError("broken")
+
+    monkeypatch.setattr(Stepping, "start", fail)
+    before = ours()
+    with pytest.raises(ModelError, match="broken"):
+        Local(toy.build(tmp_path), threads=1)
+    assert ours() == before
+
+
+def test_closing_waits_for_an_answer_that_needs_the_model_no_more(
+    toy_repository: Path, scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reducing, go_on = threading.Event(), threading.Event()
+    reduce = ensemble.reduce
+
+    def slow(*given: Any) -> Any:
+        reducing.set()
+        go_on.wait(20)
+        return reduce(*given)
+
+    monkeypatch.setattr(ensemble, "reduce", slow)
+    once = Local(toy_repository, threads=1, batch_size=2)
+    with ThreadPoolExecutor(2) as pool:
+        asked = pool.submit(once.depth, scene.image)
+        assert reducing.wait(20)
+        closing = pool.submit(once.close)
+        while not once._closed:
+            time.sleep(0.01)
+        with pytest.raises(BackendUnavailable, match="closed"):
+            once.depth(scene.image)
+        go_on.set()
+        closing.result(20)
+        assert asked.result(20).prediction.shape == (48, 64)
 
 
 def test_no_repository(tmp_path: Path) -> None:

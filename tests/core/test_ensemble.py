@@ -54,30 +54,20 @@ def diffusers(maps: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> tuple[np.nda
     return merged[0, 0].numpy(), spread[0, 0].numpy(), cost(maps, *np.split(found[0].x, 2))
 
 
-@pytest.mark.parametrize(
-    ("n", "noise", "seed"),
-    [
-        (2, 0.003, 0),
-        (2, 0.003, 1),
-        (2, 0.01, 1),
-        (3, 0.003, 1),
-        (3, 0.01, 0),
-        (5, 0.003, 0),
-        (5, 0.003, 1),
-        (10, 0.01, 0),
-    ],
-)
+@pytest.mark.parametrize(("n", "seed"), [*((n, seed) for n in (2, 3, 5) for seed in range(4)), (10, 0)])
+@pytest.mark.parametrize(("noise", "bound"), [(0.003, 1e-2), (0.01, 2e-2)])
 def test_agreeing_members_merge_as_in_diffusers(
-    n: int, noise: float, seed: int, monkeypatch: pytest.MonkeyPatch
+    n: int, noise: float, bound: float, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """At noise 0.01 two of the thirteen part by more than 1e-2, both where our cost is the lower one."""
     maps = members(n, noise, seed, clip=True)
     expected, spread, their_cost = diffusers(maps, monkeypatch)
     merged, uncertainty = ensemble.aligned_median(maps)
-    assert np.abs(merged - expected).max() <= 1e-2
+    assert np.abs(merged - expected).max() <= bound
     # Two members 0.003 apart sit in the cost's corners, which ours rounds off.
     assert cost(maps, *ensemble.align(maps)) <= their_cost + (5e-6 if n == 2 else 1e-6)
     if n % 2:
-        assert np.abs(uncertainty - spread).max() <= 1e-2
+        assert np.abs(uncertainty - spread).max() <= bound
 
 
 @pytest.mark.parametrize(("n", "noise"), [(3, 0.03), (3, 0.2), (5, 0.1), (10, 0.03)])
@@ -136,10 +126,7 @@ def test_bfgs_finds_a_minimum() -> None:
 
 @pytest.mark.parametrize("iterations", [1, 2, 3, 6])
 @pytest.mark.parametrize("n", [2, 5])
-def test_with_scipys_line_search_settings_bfgs_walks_as_scipys(
-    n: int, iterations: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ensemble, "CURVATURE", 0.9)
+def test_bfgs_walks_as_scipys(n: int, iterations: int) -> None:
     fit = ensemble._Fit.of(members(n, 0.03, 4, affine=True), 0.02)
     ours = ensemble._bfgs(fit.cost, fit.start(), np.full(2 * n, -np.inf), iterations, 1e-3)
     expected = scipy.optimize.minimize(
@@ -293,7 +280,7 @@ def test_identical_members_are_certain(reduction: ensemble.Reduction) -> None:
 def test_constant_members_make_a_flat_map() -> None:
     merged, uncertainty = ensemble.aligned_median(np.array([0.2, 0.5, 0.5]).reshape(3, 1, 1) * np.ones((3, 4, 5)))
     assert np.ptp(merged) == 0
-    assert np.isfinite(uncertainty).all()
+    assert uncertainty.max() < 1e-3
 
 
 def test_members_are_left_as_they_were() -> None:

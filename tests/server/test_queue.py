@@ -244,6 +244,35 @@ def test_a_stuck_backend_is_not_ready(backend: Backend, monkeypatch: pytest.Monk
     assert_problem(asyncio.run(story()), 503, "unavailable")
 
 
+def test_a_probe_that_waits_behind_work_that_succeeds_is_no_fault(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.health.PROBE_TIMEOUT_S", 0.1)
+
+    async def story() -> int:
+        gate = Gated(backend)
+        async with running(gate, readiness_ttl_s=1000) as house:
+            gate.shut()
+            asking = asyncio.create_task(house.client.get("/readyz"))
+            await until(lambda: gate.rows)
+            house.service.readiness.prove()
+            answer = await asking
+            gate.open()
+            return answer.status_code
+
+    assert asyncio.run(story()) == 200
+
+
+def test_whatever_fails_a_probe_is_not_ready(backend: Backend) -> None:
+    async def story() -> httpx.Response:
+        failing = Failing(backend)
+        async with running(failing, readiness_ttl_s=0) as house:
+            failing.error = KeyError("nobody foresaw this")
+            return await house.client.get("/readyz")
+
+    assert_problem(asyncio.run(story()), 503, "unavailable")
+
+
 def test_metrics_follow_the_work(backend: Backend) -> None:
     async def story() -> dict[str, float]:
         async with running(backend, batch_size=4) as house:

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -164,6 +165,10 @@ def test_two_values_for_one_option(backend: Backend) -> None:
         (b"{", 400, "malformed-request", None),
         (b"\xff\xfe\xfd", 400, "malformed-request", None),
         (b"[" * 100_000, 400, "malformed-request", None),
+        (b'{"image": "", "steps": ' + b"[" * 950 + b"]" * 950 + b"}", 400, "malformed-request", None),
+        (b'{"image": "", "steps": ' + b'{"a":' * 490 + b"1" + b"}" * 491, 400, "malformed-request", None),
+        (b'{"image": "", "steps": [' + b"{}," * 1000 + b"1]}", 400, "malformed-request", None),
+        (b'{"image": "", "steps": ' + b"[" * 150 + b"]" * 150 + b"}", 422, "invalid-input", "steps"),
         (b'{"image": NaN}', 400, "malformed-request", None),
         (b'{"steps": ' + b"9" * 5000 + b"}", 400, "malformed-request", None),
         (b"[]", 422, "invalid-input", None),
@@ -184,6 +189,25 @@ def test_two_values_for_one_option(backend: Backend) -> None:
 def test_bad_json(backend: Backend, body: bytes, status: int, slug: str, param: str | None) -> None:
     response = send(backend, "POST", "/depth", content=body, headers={"Content-Type": "application/json"})
     assert_problem(response, status, slug, param)
+
+
+def test_json_values_are_told_as_json(backend: Backend) -> None:
+    for value, told in ((None, "null"), (True, "true"), ({"a": [1]}, "an array or object"), ("2" * 99, "'2222")):
+        document = assert_problem(
+            send(backend, "POST", "/depth", json={"image": B64, "steps": value}), 422, "invalid-input", "steps"
+        )
+        assert f"not {told}" in document["detail"]
+
+
+def test_a_huge_name_is_told_short(backend: Backend) -> None:
+    response = send(backend, "POST", "/depth", json={"image": B64, "steps_" * 40_000: 1})
+    assert_problem(response, 422, "invalid-input", ("steps_" * 11)[:64])
+    assert len(response.content) < 1000
+
+
+def test_base64_may_be_wrapped(backend: Backend) -> None:
+    wrapped = "\r\n\t ".join(B64[i : i + 76] for i in range(0, len(B64), 76))
+    assert send(backend, "POST", "/depth", json={"image": wrapped}).status_code == 200
 
 
 def multipart(*parts: bytes, end: bytes = b"--x--\r\n") -> dict[str, Any]:
@@ -218,6 +242,13 @@ def test_bad_multipart(backend: Backend, request_: dict[str, Any], status: int, 
     assert_problem(send(backend, "POST", "/depth", **request_), status, slug, param)
 
 
+@pytest.mark.parametrize("charset", ["punycode", "idna", "undefined", "hex", "nonsense"])
+def test_a_charset_of_the_form_breaks_nothing(backend: Backend, charset: str) -> None:
+    request = multipart(FILE, b'Content-Disposition: form-data; name="steps"\r\n\r\n\xff.')
+    request["headers"]["Content-Type"] += f"; charset={charset}"
+    assert send(backend, "POST", "/depth", **request).status_code in (400, 422)
+
+
 @pytest.mark.parametrize(
     "headers",
     [
@@ -236,6 +267,18 @@ def test_unread_bodies(backend: Backend, headers: dict[str, str]) -> None:
 def test_not_acceptable_lists_what_there_is(backend: Backend) -> None:
     response = send(backend, "POST", "/depth", files=files("depth"), headers={"Accept": "text/html, application/x-flo"})
     assert "application/x-npy" in assert_problem(response, 406, "not-acceptable")["detail"]
+
+
+@pytest.mark.parametrize("accept", ["text/html, image/gif, image/jpeg, *; q=.2, */*; q=.2", "*", "image/gif, */*;q=.2"])
+def test_the_accept_headers_of_java(backend: Backend, accept: str) -> None:
+    response = send(backend, "POST", "/depth", files=files("depth"), headers={"Accept": accept})
+    assert (response.status_code, response.headers["content-type"]) == (200, "application/json")
+
+
+def test_head_is_get_without_the_body(backend: Backend) -> None:
+    for path in ("/", "/models", "/livez", "/readyz", "/metrics", "/docs", "/openapi.json"):
+        assert send(backend, "HEAD", path).status_code == 200
+    assert_problem(send(backend, "POST", "/livez"), 405, "method-not-allowed")
 
 
 def test_unknown_paths_and_methods(backend: Backend) -> None:
@@ -312,6 +355,8 @@ def test_16_bit_and_rotated_pictures_are_no_reason_to_refuse(backend: Backend) -
     Image.new("RGB", (60, 40), "red").save(out, "JPEG", exif=exif)
     response = send(backend, "POST", "/depth", files=files("depth", image=out.getvalue()))
     assert response.json()["shape"] == [60, 40]
+    wide = save(Image.fromarray(np.arange(40 * 60, dtype=np.uint16).reshape(40, 60) * 27))
+    assert send(backend, "POST", "/depth", files=files("depth", image=wide)).json()["shape"] == [40, 60]
 
 
 def test_too_many_members(backend: Backend) -> None:
