@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -112,8 +113,9 @@ class Card(Part):
 
     @property
     def digest(self) -> str:
-        """Digest of the denoiser: the model's short identity."""
-        return self.digests.get(self.name, "")
+        """The model's identity: sha256 over the names and digests of all its files; empty where the card has none."""
+        lines = "".join(f"{name} {digest}\n" for name, digest in sorted(self.digests.items()))
+        return hashlib.sha256(lines.encode()).hexdigest() if lines else ""
 
     def coding(self, task: TaskName) -> Coding:
         """The task's target coding with the card's parameters."""

@@ -27,6 +27,7 @@ _READING = threading.Lock()
 
 ENGINES = ("openvino", "onnxruntime")
 PRECISIONS = ("fp32", "bf16")
+PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def choose(engine: str, precision: str) -> tuple[str, str]:
     found = [name for name in ENGINES if engine in ("auto", name) and importlib.util.find_spec(name)]
     if not found:
         wanted = "no engine is installed" if engine == "auto" else f"the engine {engine} is not installed"
-        raise ModelError(f"{wanted}: pip install 'saccade[cpu]'")
+        raise ModelError(f"{wanted}: pip install 'saccade[cpu]', or 'saccade[gpu]'")
     if precision == "bf16" and found[0] != "openvino":
         raise ModelError("ONNX Runtime multiplies in fp32 alone on a CPU: use the engine openvino for bf16")
     if precision == "auto":
@@ -81,7 +82,7 @@ def open_engine(file: Path, engine: str, precision: str, threads: int) -> Engine
 
 
 class OnnxRuntime:
-    """fp32, one operation after another, `threads` threads in each."""
+    """fp32, one operation after another, `threads` threads in each; on a CUDA device where the package has one."""
 
     def __init__(self, file: Path, threads: int) -> None:
         import onnxruntime
@@ -91,7 +92,9 @@ class OnnxRuntime:
         options.inter_op_num_threads = 1
         options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
         options.log_severity_level = 4  # what fails is raised, not printed
-        self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        providers = [name for name in PROVIDERS if name in onnxruntime.get_available_providers()]
+        self._session = onnxruntime.InferenceSession(str(file), options, providers=providers)
+        log.debug("%s: %s", "/".join(file.parts[-3:]), ", ".join(self._session.get_providers()))
         self.inputs = {port.name: _ort_port(port) for port in self._session.get_inputs()}
         self.outputs = {port.name: _ort_port(port) for port in self._session.get_outputs()}
 
