@@ -235,10 +235,10 @@ class _Run:
         return self.amodal(coding, planes)
 
     def depth(self, members: Array) -> Answer:
-        depth, spread = ensemble.reduce(members, self.options.reduction)
-        near, far = float(depth.min()), float(depth.max())
-        span = far - near if far > near else 1.0
-        return self.answer(np.clip(self.sized((depth - near) / span), 0, 1), self.sized(spread / span))
+        depth, spread = map(self.sized, ensemble.reduce(members, self.options.reduction))
+        near, far = depth.min(), depth.max()
+        span = far - near if far > near else np.float32(1)
+        return self.answer((depth - near) / span, spread / span)
 
     def flow(self, members: Array) -> Answer:
         height, width = self.fit.source if self.options.match_input_resolution else self.fit.size

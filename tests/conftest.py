@@ -1,10 +1,17 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from tests import toy
+
+
+def pytest_configure() -> None:
+    """Settings of whoever runs the tests are not the tests' settings."""
+    for name in [name for name in os.environ if name.startswith("SACCADE_")]:
+        del os.environ[name]
 
 
 @pytest.fixture(scope="session")

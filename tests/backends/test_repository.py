@@ -253,3 +253,10 @@ def test_a_configuration_that_triton_could_not_read_is_not_written(tmp_path: Pat
 
 def test_a_configuration_may_leave_the_name_to_its_directory() -> None:
     assert read_config("max_batch_size: 3", "any").max_batch_size == 3
+
+
+def test_a_models_digest_changes_with_any_of_its_files(tmp_path: Path) -> None:
+    card = Repository(toy.build(tmp_path / "repository")).card("toy")
+    others = [card.model_copy(update={"digests": card.digests | {name: "0" * 64}}) for name in card.digests]
+    assert len({card.digest, *(other.digest for other in others)}) == 4
+    assert card.model_copy(update={"digests": {}}).digest == ""
