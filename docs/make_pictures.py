@@ -51,7 +51,9 @@ def main() -> None:
     rows = [
         row([panel(photo, "a photograph"), panel(depth, "depth: red is near, blue is far")]),
         row([panel(frames[0], "first frame"), panel(frames[1], "second frame"), panel(flow, "flow: hue is direction")]),
-        row([panel(occluded, "half hidden"), panel(mask, "its visible part"), panel(shown, "amodal: the whole")]),
+        row(
+            [panel(occluded, "half hidden"), panel(mask, "its visible part"), panel(shown, "amodal: the model's whole")]
+        ),
     ]
     sheet = Image.new("RGB", (max(r.width for r in rows), sum(r.height + MARGIN for r in rows)), "white")
     top = 0
