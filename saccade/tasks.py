@@ -1,7 +1,7 @@
 """Depth, flow, amodal: what goes in, how a target is coded into planes in about [-1, 1], and back. NumPy alone.
 
-A target is coded into a *target picture* [K, H, W] float32, one plane per quantity. The codec (`training.models.codec`, the
-decoder in model_repository/) carries planes to latents and back and knows nothing of tasks.
+A target is coded into a *target picture* [K, H, W] float32, one plane per quantity. The codec
+(`training.models.codec`, the decoder in model_repository/) carries planes to latents and back and knows of no task.
 
 | task   | plane 0            | plane 1            | planes 2.. (where the codec has them) |
 |--------|--------------------|--------------------|---------------------------------------|
