@@ -60,7 +60,7 @@ class Where:
         typer.Option(envvar="SACCADE_URL", help="Ask this server instead of running the model in this process."),
     ] = None
     model_repository: Annotated[
-        Path | None, typer.Option(help="Folder of models.", show_default="./model_repository, else the packaged one")
+        Path | None, typer.Option(help="Folder of models.", show_default="./model_repository, else the checkout's")
     ] = None
     model: Annotated[str | None, typer.Option(help="Model of the repository.", show_default="its only one")] = None
 

@@ -31,7 +31,7 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on; 0.0.0.0 for every interface.")
     port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     model_repository: Path | None = Field(
-        None, description="Directory in Triton's layout; by default ./model_repository, else the packaged one."
+        None, description="Directory in Triton's layout; by default ./model_repository, else the checkout's."
     )
     model: str | None = Field(None, description="Which denoiser of the repository to serve; needed if it has several.")
     engine: Literal["auto", "openvino", "onnxruntime"] = Field("auto", description="What runs the graphs.")
