@@ -35,7 +35,7 @@ def stock() -> assets.Assets:
 
 @pytest.fixture(scope="session")
 def atlas(stock: assets.Assets) -> raycast.Atlas:
-    return raycast.Atlas.of(stock)
+    return raycast.Atlas.of(stock, np.random.default_rng(0))
 
 
 @pytest.fixture

@@ -193,8 +193,8 @@ def still_seen(world: raycast.World, atlas: raycast.Atlas, flow: np.ndarray) -> 
 
 def test_the_second_frame_of_a_solid_world_fetched_along_the_flow_is_the_first(vivid: assets.Assets) -> None:
     """Of worlds that move by more than two pixels and look different for it."""
-    atlas = raycast.Atlas.of(vivid)
     rng: Any = Noiseless(11)
+    atlas = raycast.Atlas.of(vivid, rng)
     followed, ignored = [], []
     for _ in range(12):
         world = worlds.random_world(atlas, rng, 96)

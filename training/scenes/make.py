@@ -33,7 +33,7 @@ SHEETS = 48
 
 def solid(stock: assets.Assets, rng: np.random.Generator, size: int) -> Callable[[], Fields]:
     """A maker of ray-cast scenes."""
-    atlas = raycast.Atlas.of(stock)
+    atlas = raycast.Atlas.of(stock, rng)
 
     def make() -> Fields:
         scene = raycast.cast(worlds.random_world(atlas, rng, size), atlas, rng, size)

@@ -20,6 +20,7 @@ from training.scenes.assets import CUTOUT_PX, TEXTURE_PX, Assets
 
 BOX, ELLIPSOID, CYLINDER, CARD = range(4)
 FAR = 1e6
+HORIZON = int((TEXTURE_PX - 1) / 1.2)  # the sky's row at eye level
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,12 @@ class Atlas:
     cutouts: Tensor
 
     @classmethod
-    def of(cls, assets: Assets, levels: int = 4) -> Atlas:
+    def of(cls, assets: Assets, rng: np.random.Generator, levels: int = 4) -> Atlas:
+        """Of the assets; half of the textures are muted, as most walls and floors are."""
         base = torch.from_numpy(assets.textures).float().permute(0, 3, 1, 2)
+        contrast = np.where(rng.random(len(base)) < 0.5, rng.uniform(0.1, 0.6, len(base)), 1.0)
+        mean = base.mean((2, 3), keepdim=True)
+        base = mean + (base - mean) * torch.from_numpy(contrast).float()[:, None, None, None]
         pyramid = [base]
         for level in range(1, levels):
             small = F.pad(F.avg_pool2d(base, 2**level), (1, 1, 1, 1), mode="circular")  # textures repeat
@@ -133,13 +138,26 @@ def cast(world: World, atlas: Atlas, rng: np.random.Generator, size: int) -> Sce
 
 def intersect(solids: Solids, origin: Tensor, rays: Tensor, atlas: Atlas) -> Tensor:
     """Ray parameter [N, P] of the first hit with every solid, FAR where there is none. `origin` [3] or [N, 3]."""
-    out = torch.full((rays.shape[0], solids.kind.shape[0]), FAR)
+    near = _reaches(solids, origin, rays)
+    out = torch.full(near.shape, FAR)
     for p, kind in enumerate(solids.kind.tolist()):
-        o = ((origin - solids.centre[p]) @ solids.pose[p]) / solids.half[p]
-        d = (rays @ solids.pose[p]) / solids.half[p]
+        some = near[p].nonzero()[:, 0]
+        start = origin if origin.ndim == 1 else origin[some]
+        o = ((start - solids.centre[p]) @ solids.pose[p]) / solids.half[p]
+        d = (rays[some] @ solids.pose[p]) / solids.half[p]
         d = torch.where(d.abs() < 1e-9, torch.full_like(d, 1e-9), d)
-        out[:, p] = _UNIT[kind](o, d, solids.sheet[p], atlas)
-    return out
+        out[p, some] = _UNIT[kind](o, d, solids.sheet[p], atlas)
+    return out.T
+
+
+def _reaches(solids: Solids, origin: Tensor, rays: Tensor) -> Tensor:
+    """[P, N] bool: which rays may hit which solid, by a sphere around it with some room for rounding."""
+    along = (solids.centre @ rays.T) - (origin * rays).sum(-1)
+    apart = solids.centre.square().sum(-1, keepdim=True) - 2 * (solids.centre @ origin.reshape(-1, 3).T)
+    scale = origin.square().sum(-1)
+    apart = apart + scale
+    radius = 1.02 * solids.half.square().sum(-1, keepdim=True) + 1e-3 + 1e-5 * scale
+    return (apart <= radius) | ((along > 0) & (apart - along.square() / rays.square().sum(-1) <= radius))
 
 
 def _box(o: Tensor, d: Tensor, sheet: Tensor, atlas: Atlas) -> Tensor:
@@ -200,7 +218,8 @@ def shade(
         return torch.where(seen[:, None], lit, 0.5)
     sky = _sky(world.sky, rays)
     clear = torch.exp(-depth.clamp(max=world.far_m * 4) / world.haze_m)[:, None]
-    return torch.where(seen[:, None], lit * clear + sky.mean(0) * (1 - clear), sky)
+    haze = world.sky[HORIZON].mean(0)
+    return torch.where(seen[:, None], lit * clear + haze * (1 - clear), sky)
 
 
 def _surface(local: Tensor, solids: Solids, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -244,10 +263,12 @@ def _irradiance(light: Light, solids: Solids, points: Tensor, normal: Tensor, at
     cosine = (normal * direction).sum(-1).clamp(min=0)
     falloff = 1.0 if light.sun else 4 / (1 + distance[:, 0] ** 2 * 0.3)
     if light.shadows:
-        reach = FAR / 2 if light.sun else distance[:, 0] - 2e-2
+        lit = (cosine > 0).nonzero()[:, 0]
+        reach = torch.full_like(cosine, FAR / 2) if light.sun else distance[:, 0] - 2e-2
         away = Solids(*(getattr(solids, f)[1:] for f in solids.__dataclass_fields__))
-        blocked = intersect(away, points + normal * 1e-2, direction, atlas).amin(1) < reach
-        cosine = torch.where(blocked, cosine * 0.12, cosine)
+        start = points[lit] + normal[lit] * 1e-2
+        blocked = intersect(away, start, direction[lit], atlas).amin(1) < reach[lit]
+        cosine[lit[blocked]] *= 0.12
     ambient = light.ambient * (0.75 - 0.25 * normal[:, 1])
     return ambient + (1 - light.ambient) * cosine * falloff
 
@@ -255,7 +276,7 @@ def _irradiance(light: Light, solids: Solids, points: Tensor, normal: Tensor, at
 def _sky(sheet: Tensor, rays: Tensor) -> Tensor:
     """A photograph's upper half or a gradient [256, 256, 3], by the ray's elevation and azimuth."""
     unit = F.normalize(rays, dim=-1)
-    v = ((1 + unit[:, 1].clamp(-1, 0.2)) / 1.2 * (TEXTURE_PX - 1)).long()
+    v = ((1 + unit[:, 1].clamp(-1, 0.2)) * HORIZON).long()
     u = ((torch.atan2(unit[:, 0], unit[:, 2]) / np.pi + 1) / 2 * TEXTURE_PX * 2).long() % TEXTURE_PX
     return sheet[v, u]
 
@@ -293,10 +314,13 @@ def _half_hidden(
     if not choices:
         return None, None, None
     chosen = int(rng.choice(choices))
-    alone = torch.full_like(index, chosen)
-    lit = shade(world, world.solids, world.cameras[0], rays, hits[:, chosen], alone, atlas)
-    picture = (lit * radiance).clamp(0, 1).pow(1 / 2.2).mul(255).byte().reshape(size, size, 3).numpy()
-    return visible[:, chosen].reshape(size, size).numpy(), whole[:, chosen].reshape(size, size).numpy(), picture
+    inside = whole[:, chosen].nonzero()[:, 0]
+    alone = torch.full_like(inside, chosen)
+    lit = shade(world, world.solids, world.cameras[0], rays[inside], hits[inside, chosen], alone, atlas)
+    picture = torch.zeros(len(index), 3, dtype=torch.uint8)
+    picture[inside] = (lit * radiance).clamp(0, 1).pow(1 / 2.2).mul(255).byte()
+    masks = (m[:, chosen].reshape(size, size).numpy() for m in (visible, whole))
+    return *masks, picture.reshape(size, size, 3).numpy()
 
 
 def _exposure(rng: np.random.Generator) -> Tensor:

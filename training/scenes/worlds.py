@@ -67,7 +67,7 @@ class Builder:
         tint = rng.uniform(0.55, 1.1) * np.exp(rng.normal(0, 0.08, 3))
         if density is None:
             density = float(np.exp(rng.uniform(-1.2, 0.7))) / max(half[0], half[1])
-        if paint or rng.random() < 0.15:
+        if paint or rng.random() < 0.3:
             density *= 0.03
         self.groups.append(self._next_group() if self._group is None else self._group)
         self.rows.append((kind, yaw, centre, half, int(rng.integers(sheets)), list(tint), density))
@@ -92,6 +92,55 @@ class Builder:
                 kind, half = int(rng.choice([BOX, ELLIPSOID, CYLINDER])), list(rng.uniform(0.05, 0.18, 3))
                 self.stand(kind, x + at[0], z + at[2], floor - h - 0.03, half)
 
+    def parts(self, x: float, z: float, floor: float, yaw: float, boxes: list[tuple[float, ...]]) -> None:
+        """One piece of furniture of boxes (right, above the floor, behind, and their halves), all of one texture but
+        for a few, turned by `yaw`."""
+        turn = upright(torch.tensor([yaw]))[0].numpy()
+        first = len(self.rows)
+        with self.as_one():
+            for right, above, behind, *half in boxes:
+                at = turn @ np.array([right, 0, behind])
+                self.add(BOX, [x + at[0], floor - above, z + at[2]], half, yaw)
+        kind, _, _, _, sheet, tint, density = self.rows[first]
+        for i in range(first + 1, len(self.rows)):
+            if self.rng.random() < 0.8:
+                self.rows[i] = (kind, *self.rows[i][1:4], sheet, tint, density)
+
+    def chair(self, x: float, z: float, floor: float) -> None:
+        """A seat, a back and four legs."""
+        rng = self.rng
+        w, h, d, back = *rng.uniform(0.18, 0.28, 3), rng.uniform(0.2, 0.4)
+        legs = [(sx * (w - 0.03), h, sz * (d - 0.03), 0.025, h, 0.025) for sx in (-1, 1) for sz in (-1, 1)]
+        seat = [(0.0, 2 * h, 0.0, w, 0.03, d), (0.0, 2 * h + back, d - 0.02, w, back, 0.02)]
+        self.parts(x, z, floor, rng.uniform(0, 2 * np.pi), [*seat, *legs])
+
+    def sofa(self, x: float, z: float, floor: float) -> None:
+        """A sofa, an armchair or a bed: a body, a back, perhaps arms and a cushion or two."""
+        rng = self.rng
+        w, h, d = rng.uniform(0.4, 1.1), rng.uniform(0.15, 0.28), rng.uniform(0.35, 1.0)
+        boxes = [(0.0, h, 0.0, w, h, d), (0.0, h + 0.25, d, w, h + 0.25, 0.1)]
+        if rng.random() < 0.7:
+            boxes += [(side * w, h + 0.1, 0.0, 0.1, h + 0.1, d) for side in (-1, 1)]
+        for _ in range(rng.integers(0, 3)):
+            boxes.append((rng.uniform(-0.7, 0.7) * w, 2 * h + 0.12, 0.6 * d, 0.2, 0.14, 0.08))
+        self.parts(x, z, floor, rng.choice([0, np.pi / 2, np.pi, -np.pi / 2]) + rng.normal(0, 0.15), boxes)
+
+    def shelf(self, x: float, z: float, floor: float, yaw: float, half: list[float]) -> None:
+        """An open case against a wall, with books and boxes on its boards."""
+        rng = self.rng
+        w, h, d = half
+        count = int(rng.integers(2, 5))
+        sides = [(side * w, h, 0.0, 0.02, h, d) for side in (-1, 1)]
+        self.parts(x, z, floor, yaw, [(0.0, h, d, w, h, 0.01), *sides])
+        turn = upright(torch.tensor([yaw]))[0].numpy()
+        for board in range(count + 1):
+            top = 2 * h * board / count
+            self.add(BOX, [x, floor - top, z], [w, 0.015, d], yaw)
+            for _ in range(rng.integers(0, 4) if board < count else 0):
+                thing = [rng.uniform(0.03, 0.3) * w, rng.uniform(0.3, 0.9) * h / count, 0.7 * d]
+                at = turn @ np.array([rng.uniform(-0.8, 0.8) * w, 0, 0])
+                self.add(BOX, [x + at[0], floor - top - thing[1], z + at[2]], thing, yaw)
+
     def solids(self) -> Solids:
         kind, yaw, centre, half, sheet, tint, density = zip(*self.rows, strict=True)
         floats = [torch.tensor(np.array(v), dtype=torch.float32) for v in (centre, half, tint, density)]
@@ -107,7 +156,7 @@ def room(atlas: Atlas, rng: Rng, size: int) -> World:
         _shell(b, w, h, d)
     for _ in range(rng.integers(0, 3)):
         b.table(rng.uniform(-0.8, 0.8) * w, rng.uniform(-0.5, 0.9) * d, h)
-    for _ in range(rng.integers(3, 11)):
+    for _ in range(rng.integers(1, 9)):
         size3 = np.exp(rng.uniform(np.log(0.08), np.log(0.7), 3))
         kind = int(rng.choice([BOX, BOX, ELLIPSOID, CYLINDER]))
         b.stand(kind, rng.uniform(-0.9, 0.9) * w, rng.uniform(-0.6, 0.95) * d, h, list(size3))
@@ -116,7 +165,14 @@ def room(atlas: Atlas, rng: Rng, size: int) -> World:
         back = rng.random() < 0.6
         x = rng.uniform(-0.8, 0.8) * w if back else rng.choice([-1, 1]) * (w - tall[2])
         z = d - tall[2] if back else rng.uniform(-0.3, 0.9) * d
-        b.stand(BOX, x, z, h, tall, 0.0 if back else np.pi / 2)
+        yaw = 0.0 if back else np.sign(x) * np.pi / 2
+        if rng.random() < 0.4:
+            b.shelf(x, z, h, yaw, tall)
+        else:
+            b.stand(BOX, x, z, h, tall, yaw)
+    for put in (b.chair, b.sofa):
+        for _ in range(rng.integers(0, 3)):
+            put(rng.uniform(-0.8, 0.8) * w, rng.uniform(-0.5, 0.9) * d, h)
     for _ in range(rng.integers(0, 3)):
         _person(b, rng.uniform(-0.7, 0.7) * w, rng.uniform(-0.2, 0.8) * d, h, rng.uniform(0.5, 0.85))
     eye = torch.tensor([rng.uniform(-0.5, 0.5) * w, rng.uniform(-0.5, 0.6) * h, -d * rng.uniform(0.3, 0.95)])
@@ -184,22 +240,24 @@ def street(atlas: Atlas, rng: Rng, size: int) -> World:
 
 
 def table_top(atlas: Atlas, rng: Rng, size: int) -> World:
-    """Things on a surface, near, often from above; a wall or open space behind."""
+    """Things on a surface, near, seen from the side or from above; a wall or open space behind."""
     b = Builder(atlas, rng)
     floor = float(rng.uniform(0.25, 0.8))
-    depth = rng.uniform(1.0, 4.0)
+    pitch = rng.uniform(0, 1.4)
+    seen = -0.3 + floor / np.tan(max(pitch, 0.35))  # where the camera looks, its eye being at (0, 0, -0.3)
+    depth = seen + rng.uniform(0.3, 3.0)
     with b.as_one(fixed=True):
         b.add(BOX, [0, floor - 1.5, depth - 4], [rng.uniform(1.2, 3), 1.5, 4], density=float(rng.uniform(0.8, 4)))
         if rng.random() < 0.6:  # the surface is not of the walls' stuff
             b.add(BOX, [0, floor + 0.499, depth - 4], [4, 0.5, 4], density=float(rng.uniform(0.8, 5)))
-    for _ in range(rng.integers(4, 13)):
+    spread = rng.uniform(0.12, 0.4)
+    for _ in range(rng.integers(4, 16)):
         kind = int(rng.choice([BOX, BOX, ELLIPSOID, CYLINDER]))
-        half = np.exp(rng.uniform(np.log(0.03), np.log(0.22), 3))
-        b.stand(kind, rng.normal(0, 0.35), rng.uniform(0.35, min(depth, 1.8)), floor, list(half))
+        half = np.exp(rng.uniform(np.log(0.03), np.log(0.06 + 0.3 * floor), 3))
+        b.stand(kind, rng.normal(0, spread), min(rng.normal(seen, spread), depth - 0.1), floor, list(half))
     for _ in range(rng.integers(0, 4)):
-        _person(b, rng.normal(0, 0.4), rng.uniform(0.5, min(depth, 2)), floor, rng.uniform(0.1, 0.3))
-    eye = torch.tensor([rng.normal(0, 0.1), 0.0, -0.3])
-    camera = _camera(eye, rng, size, pitch=rng.uniform(0, 0.9), yaw=rng.normal(0, 0.2))
+        _person(b, rng.normal(0, spread), min(rng.normal(seen, spread), depth - 0.1), floor, rng.uniform(0.1, 0.3))
+    camera = _camera(torch.tensor([rng.normal(0, 0.1), 0.0, -0.3]), rng, size, pitch, yaw=rng.normal(0, 0.15))
     lamp = torch.tensor([rng.normal(0, 1), -rng.uniform(0.8, 1.8), rng.uniform(-0.5, 1.5)]).float()
     light = Light(lamp, False, rng.uniform(0.4, 0.7), _warmth(rng), rng.random() < 0.7)
     return _world(b, camera, rng, light, None, 20.0)
