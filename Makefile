@@ -6,16 +6,20 @@ TEST := .venv-test
 PIP := -m pip --disable-pip-version-check --quiet install --no-compile
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test coverage lint format clean
+.PHONY: help serve test test-triton coverage lint format clean
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 serve: $(SERVE)/.ready ## run the server (SACCADE_PORT, SACCADE_HOST and every other SACCADE_* setting apply)
 	@exec $(SERVE)/bin/saccade serve
 
 test: $(TEST)/.ready ## run the tests (ARGS="-k depth" passes on to pytest)
 	@exec $(TEST)/bin/python -m pytest -q $(ARGS)
+
+test-triton: $(TEST)/.ready ## run the tests that need the real Triton server, which it fetches once (150 MB, to SACCADE_TEST_CACHE)
+	@$(TEST)/bin/python -m tests.triton.server
+	@exec $(TEST)/bin/python -m pytest -q -m triton $(ARGS)
 
 coverage: $(TEST)/.ready ## run the tests and say which lines they reach
 	$(TEST)/bin/python -m coverage erase

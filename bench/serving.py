@@ -11,20 +11,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import os
-import socket
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 
 import httpx
 import torch
 
+from bench.gateway import EXAMPLES, PARTS, ask, gateway
 from bench.machine import describe
 from saccade.formats import read_mask, read_picture
 from saccade.pipeline import Inputs, Options, Pipeline
@@ -32,12 +30,6 @@ from saccade.repository import Repository, find_repository
 from saccade.tasks import TaskName
 from training.backend import TorchBackend
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-PARTS: dict[TaskName, dict[str, str]] = {
-    "depth": {"image": "photo.jpg"},
-    "flow": {"image": "frame_1.png", "next_image": "frame_2.png"},
-    "amodal": {"image": "occluded.jpg", "mask": "occluded_mask.png"},
-}
 CONCURRENT = (1, 4, 16)
 
 
@@ -62,44 +54,8 @@ class Server:
         self.client = client
 
     async def ask(self, task: TaskName, options: Options) -> None:
-        files = {name: (file, (EXAMPLES / file).read_bytes()) for name, file in PARTS[task].items()}
-        data = {"steps": options.steps, "ensemble_size": options.ensemble_size}
-        fields = {k: str(v) for k, v in data.items() if v is not None}
-        answer = await self.client.post(f"/{task}", files=files, data=fields, headers={"Accept": "application/x-npy"})
+        answer = await ask(self.client, task, steps=options.steps, ensemble_size=options.ensemble_size)
         answer.raise_for_status()
-
-
-@contextlib.asynccontextmanager
-async def serving(repository: Path) -> AsyncIterator[Server]:
-    """Start `saccade serve` on a free port, wait until it is ready, end it after."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = os.environ | {
-        "SACCADE_PORT": str(port),
-        "SACCADE_MODEL_REPOSITORY": str(repository),
-        "SACCADE_QUEUE_LIMIT": "1000000",  # what is measured is speed, not who is let in
-    }
-    command = [sys.executable, "-m", "saccade", "serve"]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=300) as client:
-            await _ready(client, process)
-            yield Server(client)
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-async def _ready(client: httpx.AsyncClient, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(600):
-        if process.poll() is not None:
-            raise RuntimeError(f"the server ended with status {process.returncode}")
-        with contextlib.suppress(httpx.TransportError):
-            if (await client.get("/readyz")).status_code == 200:
-                return
-        await asyncio.sleep(0.1)
-    raise TimeoutError("the server was not ready within a minute")
 
 
 async def timed(work: Callable[[], Awaitable[object]]) -> float:
@@ -149,7 +105,8 @@ async def ask_all(who: Naive | Server, tasks: Sequence[TaskName], options: Optio
 
 async def bench(repository: Path, rounds: int, options: Options) -> str:
     naive = Naive(repository)
-    async with serving(repository) as server:
+    async with gateway(model_repository=repository) as client:
+        server = Server(client)
         rows = await latencies(naive, server, options, rounds)
         rows += await throughput(naive, server, options, max(1, rounds // 2))
     card = naive.pipeline.card

@@ -6,7 +6,8 @@ SaccadeError
 │   ├── PictureTooLarge     more pixels than allowed
 │   └── UnreadablePicture   truncated or corrupt
 ├── ModelError              the repository's: a missing file, a malformed card, an output that cannot be
-├── BackendUnavailable      the backend's: not there, draining, or too slow; may be tried again
+├── BackendUnavailable      the backend's: not there, or draining; may be tried again
+│   └── BackendTimeout      it is there, and did not answer in time
 └── ServerError             an answer of a Saccade server that says no (raised by the clients)
 """
 
@@ -47,6 +48,10 @@ class BackendUnavailable(SaccadeError):
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class BackendTimeout(BackendUnavailable):
+    """The backend did not answer within its deadline."""
 
 
 class ServerError(SaccadeError):

@@ -29,6 +29,7 @@ VARIABLE = "SACCADE_MODEL_REPOSITORY"
 DEFAULT = "model_repository"
 CONFIG_BYTES = 4 << 20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_CARD_BEGINS = f'parameters {{\n  key: "{PARAMETER}"'
 _VERSION = re.compile(r"[1-9][0-9]{0,17}")
 
 
@@ -52,12 +53,7 @@ class Repository:
 
     def default(self) -> str:
         """The only denoiser."""
-        names = self.denoisers()
-        if len(names) == 1:
-            return names[0]
-        if not names:
-            raise ModelError(f"no model in the repository carries a card ({PARAMETER} in {CONFIG}): {self.path}")
-        raise ModelError(f"the repository has several models; name one of {', '.join(names)}")
+        return only(self.denoisers(), f"the repository {self.path}")
 
     def config(self, name: str) -> ModelConfig:
         """The model's configuration, as Triton's protobuf."""
@@ -101,7 +97,7 @@ class Repository:
 
     def _inside(self, name: str, *parts: str) -> Path:
         """An existing path of the model that does not lead out of the repository."""
-        _check_name(name)
+        check_name(name)
         root = self.path.resolve()
         try:
             found = self.path.joinpath(name, *parts).resolve(strict=True)
@@ -127,7 +123,17 @@ def find_repository(explicit: Path | None = None) -> Path:
     raise ModelError(f"no model repository found: make ./{DEFAULT} or set {VARIABLE}")
 
 
-def _check_name(name: str) -> None:
+def only(denoisers: Sequence[str], where: str) -> str:
+    """The one of `denoisers`. Raises ModelError that says how to name one."""
+    if len(denoisers) == 1:
+        return denoisers[0]
+    if not denoisers:
+        raise ModelError(f"no model of {where} carries a card ({PARAMETER} in {CONFIG})")
+    raise ModelError(f"{where} has several models; name one of {', '.join(denoisers)}")
+
+
+def check_name(name: str) -> None:
+    """Raises ModelError for what cannot be a model's name."""
     if not _NAME.fullmatch(name):
         raise ModelError(f"not a model name: {name!r}")
 
@@ -173,16 +179,30 @@ def _text(file: Path, shown: str) -> str:
 
 @dataclass(frozen=True)
 class Tensor:
-    """One input or output of a graph, without the batch; -1 is any size. `dims` () is one number per sample."""
+    """One input or output of a graph, without the batch; -1 is any size. `dims` () is one number per sample.
+
+    `cell`: picture pixels along the edge of one cell of a map whose sizes are free: 1 for a picture.
+    """
 
     name: str
     dims: tuple[int, ...]
     dtype: Literal["FP32", "INT64"] = "FP32"
+    cell: int = 1
 
-    def text(self) -> str:
-        shape = ", ".join(map(str, self.dims or (1,)))
+    def text(self, name: str) -> str:
         reshape = "" if self.dims else ", reshape { shape: [ ] }"
-        return f'{{ name: "{self.name}", data_type: TYPE_{self.dtype}, dims: [ {shape} ]{reshape} }}'
+        return f'{{ name: "{name}", data_type: TYPE_{self.dtype}, dims: [ {_listed(self.dims or (1,))} ]{reshape} }}'
+
+    def warm_up(self, name: str, edge: int) -> str:
+        """What it is given for pictures of `edge` pixels: noise, and label or timestep 0."""
+        dims = tuple(edge // self.cell if size == -1 else size for size in self.dims) or (1,)
+        data = "random_data" if self.dtype == "FP32" else "zero_data"
+        value = f"data_type: TYPE_{self.dtype}, dims: [ {_listed(dims)} ], {data}: true"
+        return f'  inputs {{ key: "{name}", value {{ {value} }} }}'
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    return ", ".join(map(str, sizes))
 
 
 def write_config(
@@ -192,18 +212,34 @@ def write_config(
     outputs: Sequence[Tensor],
     max_batch_size: int,
     card: Card | None = None,
+    *,
+    backend: Literal["onnxruntime", "pytorch"] = "onnxruntime",
+    warm_up_px: int | None = None,
 ) -> Path:
-    """Write <path>/<name>/config.pbtxt, full and explicit; its path. Raises ModelError for what Triton cannot read."""
-    _check_name(name)
+    """Write <path>/<name>/config.pbtxt, full and explicit; its path. Raises ModelError for what Triton cannot read.
+
+    `backend`: LibTorch's wants every tensor's place behind its name. `warm_up_px`: edge of the picture that Triton runs
+    before it calls the model ready.
+    """
+    check_name(name)
+
+    def named(tensors: Sequence[Tensor]) -> list[tuple[Tensor, str]]:
+        return [(t, f"{t.name}__{place}" if backend == "pytorch" else t.name) for place, t in enumerate(tensors)]
+
+    warm_up = []
+    if warm_up_px is not None:
+        given = [tensor.warm_up(there, warm_up_px) for tensor, there in named(inputs)]
+        warm_up = ["model_warmup {", f'  name: "{warm_up_px} px", batch_size: 1', *given, "}"]
     text = "\n".join(
         [
             f'name: "{name}"',
-            'backend: "onnxruntime"',
+            f'backend: "{backend}"',
             f"max_batch_size: {max_batch_size}",
-            *(f"input {tensor.text()}" for tensor in inputs),
-            *(f"output {tensor.text()}" for tensor in outputs),
+            *(f"input {tensor.text(there)}" for tensor, there in named(inputs)),
+            *(f"output {tensor.text(there)}" for tensor, there in named(outputs)),
             "dynamic_batching { max_queue_delay_microseconds: 500 }",
             "instance_group { count: 1, kind: KIND_AUTO }",
+            *warm_up,
             *([] if card is None else _parameter(card)),
             "",
         ]
@@ -213,6 +249,20 @@ def write_config(
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, "utf-8")
     return file
+
+
+def replace_card(path: Path, name: str, card: Card) -> None:
+    """Put another card into the denoiser's configuration, whose end it is. Raises ModelError if it is not."""
+    file = path / name / CONFIG
+    text = _text(file, f"{name}/{CONFIG}")
+    head, old, _ = text.partition(_CARD_BEGINS)
+    changed = "\n".join([head + _parameter(card)[0], *_parameter(card)[1:], ""])
+    before, after = read_config(text, name), read_config(changed, name)
+    for config in (before, after):
+        config.parameters.pop(PARAMETER, None)
+    if not old or before != after:
+        raise ModelError(f"{name}/{CONFIG} does not end with its card")
+    file.write_text(changed, "utf-8")
 
 
 def _parameter(card: Card) -> list[str]:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import uvicorn
 from fastapi import FastAPI
 
 from saccade import __version__
-from saccade.backends import Backend
-from saccade.backends.embedded import Embedded
 from saccade.errors import SaccadeError
-from saccade.repository import Repository, find_repository
 from server import openapi, problems, routes
+from server.alias import Opener
 from server.limits import BodyLimit, body_limit
+from server.opening import open_backend
 from server.problems import LastResort
 from server.service import Service
 from server.settings import Settings
@@ -29,36 +31,26 @@ from server.telemetry import Metrics, Telemetry
 logger = logging.getLogger(__name__)
 
 
-def load(settings: Settings) -> Embedded:
-    """The settings' model, in this process. Raises ModelError."""
-    embedded = Embedded.load(
-        Repository(find_repository(settings.model_repository)),
-        settings.model,
-        engine=settings.engine,
-        precision=settings.precision,
-        threads=settings.threads,
-    )
-    logger.info("%s runs on %s in %s", embedded.card.name, embedded.engine, embedded.precision)
-    return embedded
+def create_app(settings: Settings, opener: Opener | None = None) -> FastAPI:
+    """The gateway as an ASGI app; `app.state.service` is what its routes share.
 
-
-def create_app(settings: Settings, backend: Backend | None = None) -> FastAPI:
-    """The gateway as an ASGI app. Its lifespan loads the settings' model where no `backend` is given, starts the queue,
-    and closes the backend at the end."""
+    Its lifespan begins with the model that the settings want, opened by `opener` (by default as the settings say),
+    follows what they want later, and closes at the end whatever is open.
+    """
     metrics = Metrics()
+    service = Service(settings, opener or partial(open_backend, settings), metrics)
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        chosen = backend if backend is not None else load(settings)
-        service = app.state.service = Service(settings, chosen, metrics)
-        await service.start()
-        logger.info("ready: model %s, batches of up to %d", service.card.name, service.stepping.batch_size)
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         try:
+            await service.begin()
+            service.alias.follow()
             yield
         finally:
             await service.aclose()
 
     app = FastAPI(title="Saccade", version=__version__, lifespan=lifespan, redoc_url=None, redirect_slashes=False)
+    app.state.service = service
     app.include_router(routes.router())
     app.openapi = lambda: openapi.document(settings)  # type: ignore[method-assign]
     problems.install(app)
@@ -74,14 +66,24 @@ def serve(settings: Settings) -> None:
 
     Exits with one line and a status that is not 0 if the model cannot be loaded or the port cannot be had.
     """
+    signal.signal(signal.SIGTERM, _leave)  # at once: by itself it does nothing to the first process of a container
     _log(settings.log_level)
+    _check_temporary_folder()
     listener = _listen(settings.host, settings.port)
     try:
-        backend = load(settings)
+        asyncio.run(_serve(settings, listener))
     except SaccadeError as error:
         _exit(str(error))
+    except KeyboardInterrupt:
+        logger.info("interrupted")
+
+
+async def _serve(settings: Settings, listener: socket.socket) -> None:
+    """Raises SaccadeError if the model cannot be opened and will not come by itself."""
+    app = create_app(settings)
+    await cast(Service, app.state.service).begin()  # here rather than in the lifespan, whose errors are stack traces
     config = uvicorn.Config(
-        create_app(settings, backend),
+        app,
         log_config=None,
         access_log=settings.log_level == "debug",
         server_header=False,
@@ -89,20 +91,22 @@ def serve(settings: Settings) -> None:
         lifespan="on",
         timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
     )
-    # uvicorn raises the signal again once it has drained: that is a clean end.
-    signal.signal(signal.SIGTERM, _leave)
     server = uvicorn.Server(config)
     logger.info("saccade %s starts on %s", __version__, _url(listener))
-    try:
-        server.run(sockets=[listener])
-    except KeyboardInterrupt:
-        logger.info("interrupted")
+    await server.serve(sockets=[listener])
     if not server.started:
         _exit("the server could not start; see the log above")
 
 
 def _log(level: str) -> None:
     logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+def _check_temporary_folder() -> None:
+    try:
+        tempfile.TemporaryFile().close()
+    except OSError as error:
+        _exit(f"large uploads need a folder to write to: {error.strerror or error}. Mount one at /tmp or set TMPDIR.")
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -123,6 +127,7 @@ def _url(listener: socket.socket) -> str:
 
 
 def _leave(_: int, __: FrameType | None) -> NoReturn:
+    """A clean end; uvicorn too raises the signal again once it has drained."""
     raise SystemExit(0)
 
 

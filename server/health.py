@@ -9,11 +9,13 @@ from collections.abc import Callable
 
 import numpy as np
 
+from saccade.errors import BackendUnavailable
 from saccade.pipeline import Inputs, Options, Pipeline
-from saccade.tasks import TASKS
+from saccade.tasks import TASKS, TaskName
 
 PROBE_PX = 64
 PROBE_TIMEOUT_S = 10.0
+TRIAL_STEPS = 4
 logger = logging.getLogger(__name__)
 
 
@@ -52,7 +54,7 @@ class Readiness:
     async def _run(self) -> None:
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S):
-                await probe(self.pipeline)
+                await probe(self.pipeline, next(iter(self.pipeline.card.tasks)))
         except TimeoutError:
             if self.clock() - self._at >= self.ttl_s:  # else real work has succeeded meanwhile
                 self._conclude(f"a tiny inference did not finish within {PROBE_TIMEOUT_S:g} s")
@@ -63,12 +65,25 @@ class Readiness:
             self._conclude(None)
 
 
-async def probe(pipeline: Pipeline) -> None:
-    """One step of one member on a small ramp, through the whole pipeline."""
-    task = next(iter(pipeline.card.tasks))
+async def try_out(pipeline: Pipeline) -> None:
+    """What a model must pass before it serves: a few steps of every task, from pure noise to nearly none.
+
+    Raises ModelError or BackendUnavailable.
+    """
+    steps = min(TRIAL_STEPS, pipeline.card.noise.timesteps)
+    for task in pipeline.card.tasks:
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
+                await probe(pipeline, task, steps)
+        except TimeoutError as error:
+            raise BackendUnavailable(f"a tiny inference did not finish within {PROBE_TIMEOUT_S:g} s") from error
+
+
+async def probe(pipeline: Pipeline, task: TaskName, steps: int = 1) -> None:
+    """One member on a small ramp, through the whole pipeline."""
     ramp = np.linspace(0, 255, PROBE_PX * PROBE_PX * 3).reshape(PROBE_PX, PROBE_PX, 3).astype(np.uint8)
     prompt = TASKS[task].prompt
     next_image = ramp if prompt == "next_image" else None
     mask = ramp[..., 0] > 127 if prompt == "mask" else None
-    options = Options(steps=1, ensemble_size=1, processing_resolution=PROBE_PX).resolve(pipeline.card, task)
+    options = Options(steps=steps, ensemble_size=1, processing_resolution=PROBE_PX).resolve(pipeline.card, task)
     await pipeline(Inputs(task, ramp, next_image, mask), options)

@@ -37,6 +37,7 @@ REFUSALS = (
     problems.OVERLOADED,
     problems.INTERNAL,
     problems.UNAVAILABLE,
+    problems.BACKEND_TIMEOUT,
 )
 
 
@@ -123,7 +124,7 @@ def _answer(task: TaskName) -> Json:
         "description": "The answer, in the file type that was asked for.",
         "headers": {
             "Saccade-Model": _header("Name of the model."),
-            "Saccade-Digest": _header("sha256 of its denoiser."),
+            "Saccade-Digest": _header("sha256 over all its files."),
             "Saccade-Steps": _header("DDIM steps.", "integer"),
             "Saccade-Ensemble-Size": _header("Members.", "integer"),
             "Saccade-Reduction": _header("How they became one."),
@@ -148,7 +149,7 @@ def _refusals(kinds: tuple[Kind, ...]) -> Json:
 
 
 def _problem(kind: Kind) -> Json:
-    again = {"Retry-After": _header("Seconds to wait.", "integer")} if kind.status in (429, 503) else {}
+    again = {"Retry-After": _header("Seconds to wait.", "integer")} if kind.status in (429, 503, 504) else {}
     return {
         "description": f"{kind.title}. {kind.meaning} (`{kind.type}`)",
         "headers": again,
@@ -160,14 +161,22 @@ def _plain_paths() -> Json:
     kinds: Json = {"type": "object"}
     return {
         "/": {"get": _get("index", "What is here", "application/json", kinds)},
-        "/models": {"get": _get("models", "The models and their cards", "application/json", _ref("Models"))},
+        "/models": {
+            "get": _get(
+                "models",
+                "The model that serves, and its card",
+                "application/json",
+                _ref("Models"),
+                problems.UNAVAILABLE,
+            )
+        },
         "/livez": {"get": _get("livez", "Does the process answer", "application/json", _ref("Status"))},
         "/readyz": {
             "get": _get(
                 "readyz",
                 "Does the model answer: a tiny inference",
                 "application/json",
-                _ref("Status"),
+                _ref("Ready"),
                 problems.UNAVAILABLE,
             )
         },
@@ -192,6 +201,7 @@ def _schemas() -> Json:
         "Answer": _answer_schema(),
         "Map": _map_schema(),
         "Models": _object(default={"type": "string"}, models={"type": "array", "items": _ref("Card")}),
+        "Ready": _ready_schema(),
         "Status": {"type": "object", "required": ["status"], "properties": {"status": {"type": "string"}}},
         "Card": card,
         **parts,
@@ -223,6 +233,17 @@ def _problem_schema() -> Json:
         "instance": {"type": "string", "description": "The id of the log entry of a server's fault."},
     }
     return schema
+
+
+def _ready_schema() -> Json:
+    text, maybe_text = {"type": "string"}, {"type": ["string", "null"]}
+    return _object(
+        status=text,
+        model=text | {"description": "The one that serves."},
+        digest=text,
+        wanted=maybe_text | {"description": "The one that ought to; null: the repository's only one."},
+        fault=maybe_text | {"description": "What keeps it from serving."},
+    )
 
 
 def _answer_schema() -> Json:

@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from saccade.errors import (
+    BackendTimeout,
     BackendUnavailable,
     InvalidInput,
     PictureTooLarge,
@@ -63,11 +64,14 @@ INTERNAL = Kind("internal", 500, "Internal error", "A fault of the server; `inst
 UNAVAILABLE = Kind(
     "unavailable", 503, "Unavailable", "The model cannot answer now, or did not in time: try again later."
 )
+BACKEND_TIMEOUT = Kind(
+    "backend-timeout", 504, "Backend took too long", "What runs the model did not answer in time: try again later."
+)
 TIMEOUT = Kind("timeout", 503, "Took too long", "The answer was not ready in time, and its work was withdrawn.")
 REFUSED = Kind("refused", 400, "Request refused", "The request was refused for another reason.")
 KINDS = (
     *(MALFORMED, NOT_FOUND, METHOD, NOT_ACCEPTABLE, SLOW_UPLOAD, TOO_LARGE, UNSUPPORTED, INVALID, OVERLOADED),
-    *(INTERNAL, UNAVAILABLE, TIMEOUT, REFUSED),
+    *(INTERNAL, UNAVAILABLE, BACKEND_TIMEOUT, TIMEOUT, REFUSED),
 )
 _BY_STATUS = {400: MALFORMED, 404: NOT_FOUND, 405: METHOD, 413: TOO_LARGE, 415: UNSUPPORTED, 422: INVALID}
 
@@ -100,7 +104,8 @@ def response(problem: Problem, headers: Mapping[str, str] | None = None, **membe
 def from_saccade(error: SaccadeError) -> Problem | None:
     """The caller's problem that the error stands for; None if the fault is the server's."""
     if isinstance(error, BackendUnavailable):
-        return Problem(UNAVAILABLE, str(error), retry_after_s=error.retry_after_s)
+        kind = BACKEND_TIMEOUT if isinstance(error, BackendTimeout) else UNAVAILABLE
+        return Problem(kind, str(error), retry_after_s=error.retry_after_s)
     if not isinstance(error, InvalidInput):
         return None
     kinds = {PictureTooLarge: TOO_LARGE, UnsupportedPicture: UNSUPPORTED, UnreadablePicture: INVALID}

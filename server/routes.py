@@ -14,8 +14,10 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from saccade import __version__
 from saccade.errors import InvalidInput
 from saccade.pipeline import Answer
+from saccade.render import Encoded
 from saccade.tasks import TASKS, TaskName
 from server import forms, negotiation, options, problems
+from server.model import Model
 from server.options import Given
 from server.problems import ClientGone, Problem
 from server.service import Job, Service, picture_names, while_connected
@@ -51,37 +53,46 @@ def _task_route(task: TaskName) -> Callable[[Request], Awaitable[Response]]:
 
 
 async def _answer(request: Request, task: TaskName) -> Response:
-    house = service(request)
-    job = await _job(house, request, task)
+    house, began = service(request), time.perf_counter()
+    _check_task(house.alias.current, task)  # before a byte of the body is read
+    form = await _form(house, request, picture_names(task))
+    with house.alias.use() as model:
+        job = _job(house, model, request, task, form, began)
+        answer, encoded = await _result(house, request, job)
+    return Response(encoded.data, headers=_headers(answer, began), media_type=encoded.media_type)
+
+
+def _check_task(model: Model, task: TaskName) -> None:
+    if task not in model.card.tasks:
+        raise InvalidInput(f"model {model.name} does not do {task}", param="task")
+
+
+async def _result(house: Service, request: Request, job: Job) -> tuple[Answer, Encoded]:
+    """The answer, unless the client leaves or the time is up: then the work is withdrawn."""
     try:
         async with asyncio.timeout(house.settings.request_timeout_s) as deadline:
-            answer, encoded = await while_connected(request.receive, house.answer(job))
+            return await while_connected(request.receive, house.answer(job))
     except ClientGone:
-        house.metrics.cancelled.labels(task, "disconnect").inc()
+        house.metrics.cancelled.labels(job.task, "disconnect").inc()
         raise
     except TimeoutError as error:
         if not deadline.expired():
             raise
-        house.metrics.cancelled.labels(task, "timeout").inc()
+        house.metrics.cancelled.labels(job.task, "timeout").inc()
         raise _late(house.settings.request_timeout_s) from error
-    return Response(encoded.data, headers=_headers(answer, job.began), media_type=encoded.media_type)
 
 
-async def _job(house: Service, request: Request, task: TaskName) -> Job:
+def _job(house: Service, model: Model, request: Request, task: TaskName, form: forms.Form, began: float) -> Job:
     """Everything that can be refused without looking at a pixel is refused here."""
-    began = time.perf_counter()
-    if task not in house.card.tasks:
-        raise InvalidInput(f"model {house.card.name} does not do {task}", param="task")
     names = picture_names(task)
-    form = await _form(house, request, names)
     query = [_query(name, value, names) for name, value in request.query_params.multi_items()]
     wanted = options.read(house.tables[task], [*query, *form.options])
-    resolved = wanted.options.resolve(house.card, task)
+    resolved = wanted.options.resolve(model.card, task)
     accept = ", ".join(request.headers.getlist("accept"))
     chosen = negotiation.choose(task, accept, wanted.format, wanted.render, resolved.output_uncertainty)
     if wanted.encoding and chosen != "json":
         raise InvalidInput("encoding is that of maps inside JSON: ask for format json, or drop it", param="encoding")
-    return Job(task, form.pictures, wanted, resolved, chosen, began)
+    return Job(model, task, form.pictures, wanted, resolved, chosen, began)
 
 
 async def _form(house: Service, request: Request, names: tuple[str, ...]) -> forms.Form:
@@ -142,7 +153,7 @@ async def index() -> Response:
 
 
 async def models(request: Request) -> Response:
-    card = service(request).card
+    card = service(request).alias.current.card
     return JSONResponse({"default": card.name, "models": [card.model_dump(mode="json")]})
 
 
@@ -152,11 +163,14 @@ async def livez() -> Response:
 
 
 async def readyz(request: Request) -> Response:
-    house = service(request)
-    fault = await house.readiness.check()
+    """A model answers. `fault` says what keeps the one that is `wanted` from being it."""
+    alias = service(request).alias
+    with alias.use() as model:
+        fault = await model.readiness.check()
     if fault is not None:
-        raise Problem(problems.UNAVAILABLE, f"Not ready: {fault}.", retry_after_s=house.readiness.ttl_s)
-    return JSONResponse({"status": "ready", "model": house.card.name})
+        raise Problem(problems.UNAVAILABLE, f"Not ready: {fault}.", retry_after_s=model.readiness.ttl_s)
+    told = {"model": model.name, "digest": model.card.digest, "wanted": alias.wanted.name, "fault": alias.fault}
+    return JSONResponse({"status": "ready", **told})
 
 
 async def metrics(request: Request) -> Response:

@@ -1,9 +1,8 @@
-"""The running house: one model, its queue, and the life of a request between its form and its answer."""
+"""The running house, and the life of a request between its form and its answer."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -13,24 +12,22 @@ from typing import Any, TypeVar
 from starlette.types import Receive
 
 from saccade import formats, render
-from saccade.backends import Backend
 from saccade.backends.engines import default_threads
-from saccade.backends.stepping import Stepping
 from saccade.errors import InvalidInput
 from saccade.formats.pictures import open_picture, refusing
-from saccade.pipeline import Answer, Inputs, Pipeline, Resolved
+from saccade.pipeline import Answer, Inputs, Resolved
 from saccade.render import Encoded, Format
 from saccade.tasks import TASKS, TaskName
 from server import options, problems
 from server.admission import Admission, Overloaded, Size, padded, work
-from server.health import Readiness
+from server.alias import Alias, Opener
+from server.model import Model
 from server.options import Wanted
 from server.problems import ClientGone, Problem
 from server.settings import Settings
 from server.telemetry import Metrics
 
 T = TypeVar("T")
-logger = logging.getLogger(__name__)
 
 
 def picture_names(task: TaskName) -> tuple[str, ...]:
@@ -40,8 +37,9 @@ def picture_names(task: TaskName) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Job:
-    """A request that has passed every check that needs no pixel."""
+    """A request that has passed every check that needs no pixel, and the model that will answer it."""
 
+    model: Model
     task: TaskName
     pictures: dict[str, bytes]
     wanted: Wanted
@@ -51,29 +49,23 @@ class Job:
 
 
 class Service:
-    """What every request shares: the queue of steps, admission, readiness, and the threads that read pictures."""
+    """What every request shares: the alias of the model, admission, and the threads that read pictures."""
 
-    def __init__(self, settings: Settings, backend: Backend, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, open_backend: Opener, metrics: Metrics) -> None:
         self.settings, self.metrics = settings, metrics
-        self.stepping = Stepping(backend, batch_size=settings.batch_size, observer=self._batch)
-        self.pipeline = Pipeline(self.stepping)
-        self.card = backend.card
+        self.alias = Alias(settings, open_backend, metrics)
         self.admission = Admission(settings.queue_limit)
-        self.readiness = Readiness(self.pipeline, settings.readiness_ttl_s)
-        self.tables = {task: options.table(settings, task) for task in self.card.tasks}
+        self.tables = {task: options.table(settings, task) for task in TASKS}
         self._pool = ThreadPoolExecutor(settings.threads or default_threads(), thread_name_prefix="pictures")
         self._gauges()
 
-    async def start(self) -> None:
-        await self.stepping.start()
+    async def begin(self) -> None:
+        """A model in this process must be in order now: raises SaccadeError. One behind Triton may come later."""
+        if self.settings.backend == "embedded":
+            await self.alias.begin()
 
     async def aclose(self) -> None:
-        await self.readiness.aclose()
-        try:
-            async with asyncio.timeout(self.settings.drain_timeout_s):
-                await self.stepping.aclose()
-        except TimeoutError:
-            logger.warning("the backend did not close within %g s", self.settings.drain_timeout_s)
+        await self.alias.aclose()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def in_thread(self, function: Callable[[], T]) -> T:
@@ -85,7 +77,7 @@ class Service:
         sizes = await self.in_thread(lambda: self._sizes(job.pictures))
         self._check_size(job, sizes[0])
         try:
-            with self.admission.admit(work(self.card, job.task, job.options, sizes)):
+            with self.admission.admit(work(job.model.card, job.task, job.options, sizes)):
                 return await self._compute(job)
         except Overloaded as error:
             self.metrics.rejected.labels(job.task).inc()
@@ -97,7 +89,7 @@ class Service:
 
     async def _compute(self, job: Job) -> tuple[Answer, Encoded]:
         inputs = await self.in_thread(lambda: self._inputs(job))
-        answer = await self.pipeline(inputs, job.options)
+        answer = await job.model.pipeline(inputs, job.options)
         total_ms = (time.perf_counter() - job.began) * 1e3
         answer = replace(answer, timings_ms={**answer.timings_ms, "total": total_ms})
         self.metrics.phases(job.task, answer.timings_ms)
@@ -117,8 +109,9 @@ class Service:
 
     def _check_size(self, job: Job, size: Size) -> None:
         most = self.settings.max_processing_resolution
-        given = padded(self.card, job.task, job.options, size)
-        multiple = self.card.latent.multiple
+        card = job.model.card
+        given = padded(card, job.task, job.options, size)
+        multiple = card.latent.multiple
         if max(given) > -(-most // multiple) * multiple:
             raise InvalidInput(
                 f"the model would be given {given[1]} x {given[0]} px; ask for a processing_resolution of 1 to {most}",
@@ -135,17 +128,26 @@ class Service:
         }
         return Inputs(job.task, **read)  # type: ignore[arg-type]
 
-    def _batch(self, kind: str, rows: int, seconds: float) -> None:
-        self.metrics.batch(kind, rows, seconds)
-        self.readiness.prove()
-
     def _gauges(self) -> None:
-        gauge = self.metrics.gauge
-        gauge("saccade_queue_rows", "Rows that wait for a batch.", lambda: self.stepping.waiting)
-        gauge("saccade_running_rows", "Rows in the batch that runs.", lambda: self.stepping.running)
+        gauge, alias = self.metrics.gauge, self.alias
+        gauge("saccade_queue_rows", "Rows that wait for a batch.", lambda: sum(m.stepping.waiting for m in alias.open))
+        gauge("saccade_running_rows", "Rows in batches that run.", lambda: sum(m.stepping.running for m in alias.open))
         gauge("saccade_pending_work", "Admitted work, in steps of 256 x 256 px.", lambda: self.admission.pending)
         gauge("saccade_pending_requests", "Admitted requests.", lambda: self.admission.requests)
         gauge("saccade_work_rate", "Work finished per second.", lambda: self.admission.rate.per_second)
+        gauge("saccade_model_settled", "1 while the model that is wanted serves, else 0.", lambda: alias.settled)
+        self.metrics.info(
+            "saccade_triton_endpoint",
+            "Triton's endpoints, and the state that each is in: up, loading or gone.",
+            ("model", "address", "state"),
+            lambda: [(m.name, address, state) for m in alias.open for address, state in m.endpoints.items()],
+        )
+        self.metrics.info(
+            "saccade_model_info",
+            "The model that serves, and one that leaves and ends its last requests.",
+            ("model", "digest", "state"),
+            lambda: [(m.name, m.card.digest, "serving" if m is alias.serving else "leaving") for m in alias.open],
+        )
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

@@ -19,6 +19,8 @@ from saccade.errors import InvalidInput
 
 PREFIX = "SACCADE_"
 CONFIG_VARIABLE = "SACCADE_CONFIG"
+_ENDPOINT = r"\s*([A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}\s*"
+ENDPOINTS = rf"^{_ENDPOINT}(,{_ENDPOINT})*$"
 
 
 class Settings(BaseSettings):
@@ -30,10 +32,25 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on; 0.0.0.0 for every interface.")
     port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    backend: Literal["embedded", "triton"] = Field(
+        "embedded", description="Where the graphs run: in this process, or in Triton."
+    )
+    triton_url: str = Field(
+        "127.0.0.1:8001",
+        pattern=ENDPOINTS,
+        description="Triton's gRPC endpoints, host:port; several of one repository are separated by commas.",
+    )
+    triton_timeout_s: float = Field(10, gt=0, description="Longest one call to Triton may take, retries included.")
+    triton_concurrency: int = Field(4, ge=1, le=64, description="Batches in flight to each endpoint of Triton.")
     model_repository: Path | None = Field(
         None, description="Directory in Triton's layout; by default ./model_repository, else the checkout's."
     )
     model: str | None = Field(None, description="Which denoiser of the repository to serve; needed if it has several.")
+    model_file: Path | None = Field(
+        None,
+        description="File that holds the name of the model to serve, looked at every second: a new name moves the "
+        "server to that model without dropping a request. `model` then holds only while the file names none at start.",
+    )
     engine: Literal["auto", "openvino", "onnxruntime"] = Field("auto", description="What runs the graphs.")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="Arithmetic of the graphs' linear layers.")
     threads: int | None = Field(
@@ -61,6 +78,16 @@ class Settings(BaseSettings):
     drain_timeout_s: float = Field(30, gt=0, description="After SIGTERM, longest wait for accepted requests to finish.")
     readiness_ttl_s: float = Field(5, ge=0, description="How long a readiness result is kept.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log line shown.")
+
+    @property
+    def endpoints(self) -> tuple[str, ...]:
+        """Triton's, each once."""
+        return tuple(dict.fromkeys(part.strip() for part in self.triton_url.split(",")))
+
+    @property
+    def concurrency(self) -> int:
+        """Batches that are worth having in flight at once."""
+        return 1 if self.backend == "embedded" else self.triton_concurrency * len(self.endpoints)
 
     @classmethod
     def load(cls, config: Path | None = None, **flags: Any) -> Settings:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from saccade.tasks import TASKS
@@ -29,6 +31,9 @@ class Metrics:
         self.rows = self._counter("saccade_rows", "Rows computed.", "kind")
         self.rejected = self._counter("saccade_rejected", "Requests refused because the queue was full.", "task")
         self.cancelled = self._counter("saccade_cancelled", "Requests withdrawn before their end.", "task", "reason")
+        self.model_loads = self._counter("saccade_model_loads", "Attempts to open a model.", "outcome")
+        for outcome in ("opened", "failed"):  # there from the start, so that a first failure is an increase
+            self.model_loads.labels(outcome)
 
     def _counter(self, name: str, help: str, *labels: str) -> Counter:
         return Counter(name, help, labels, registry=self.registry)
@@ -38,6 +43,10 @@ class Metrics:
 
     def gauge(self, name: str, help: str, read: Callable[[], float]) -> None:
         Gauge(name, help, registry=self.registry).set_function(read)
+
+    def info(self, name: str, help: str, labels: Iterable[str], read: Callable[[], Iterable[Iterable[str]]]) -> None:
+        """A gauge that is 1 for each row of label values that `read` gives."""
+        self.registry.register(_Info(name, help, tuple(labels), read))
 
     def batch(self, kind: str, rows: int, seconds: float) -> None:
         self.batch_rows.labels(kind).observe(rows)
@@ -50,6 +59,19 @@ class Metrics:
 
     def render(self) -> bytes:
         return generate_latest(self.registry)
+
+
+class _Info(Collector):
+    def __init__(
+        self, name: str, help: str, labels: tuple[str, ...], read: Callable[[], Iterable[Iterable[str]]]
+    ) -> None:
+        self._name, self._help, self._labels, self._read = name, help, labels, read
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        family = GaugeMetricFamily(self._name, self._help, labels=self._labels)
+        for values in self._read():
+            family.add_metric(list(values), 1)
+        return [family]
 
 
 class Telemetry:

@@ -1,11 +1,11 @@
-"""Where a model runs. One protocol; `embedded` runs in this process, `stepping` packs calls to any backend."""
+"""Where a model runs. One protocol: `embedded` is this process, `triton` another; `stepping` packs calls to either."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,3 +79,13 @@ class Backend(Protocol):
         ...
 
     async def aclose(self) -> None: ...
+
+
+@runtime_checkable
+class Remote(Protocol):
+    """A backend that runs elsewhere."""
+
+    @property
+    def states(self) -> Mapping[str, str]:
+        """Address -> up, loading or gone."""
+        ...

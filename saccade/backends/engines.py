@@ -7,8 +7,6 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saccade.backends import bf16
+from saccade.backends.graphs import Feeds, Port, Ports
 from saccade.errors import ModelError
 
-Feeds = Mapping[str, NDArray[Any]]
 log = logging.getLogger(__name__)
 
 # OpenVINO fills its tables of NumPy types at their first use, in C++ statics that let go of Python's lock meanwhile: a
@@ -30,22 +28,8 @@ PRECISIONS = ("fp32", "bf16")
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
 
-@dataclass(frozen=True)
-class Port:
-    """An input or output of a graph: its sizes, -1 where free, and its NumPy type's name."""
-
-    dims: tuple[int, ...]
-    dtype: str
-
-
-class Engine(Protocol):
+class Engine(Ports, Protocol):
     """A compiled graph. `run` may be called from any thread; it lets the others run meanwhile."""
-
-    @property
-    def inputs(self) -> Mapping[str, Port]: ...
-
-    @property
-    def outputs(self) -> Mapping[str, Port]: ...
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
         """Every input by name -> every output by name, in arrays of their own."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from saccade.backends import Array, Backend, Conditioning, Labels, Ticket
 from saccade.card import Card
-from saccade.errors import BackendUnavailable
+from saccade.errors import BackendUnavailable, ModelError
 
 Kind = Literal["encode", "denoise", "decode"]
 Tensors = Mapping[str, NDArray[Any]]
@@ -115,15 +115,21 @@ class Stepping:
         return (await self._submit("decode", {"latent": latent}, ticket))["output"]
 
     async def aclose(self) -> None:
-        """Refuse what waits and what comes, let running batches end, close the backend."""
+        """Refuse what waits and what comes, let running batches end, close the backend. Cancelled, it gives the batches
+        up and closes the backend all the same."""
         self._closed = True
         for row in [row for line in self._lines.values() for row in line]:
             self._withdraw(row)
             if not row.result.done():
                 row.result.set_exception(_closing())
-        if self._batches:
-            await asyncio.wait(self._batches)
-        await self._backend.aclose()
+        try:
+            if self._batches:
+                await asyncio.wait(self._batches)
+        finally:
+            for batch in self._batches:
+                batch.cancel()
+            self._observer = None  # it may hold this lane in turn: no graph is to wait for the garbage collector
+            await self._backend.aclose()
 
     async def _submit(self, kind: Kind, feeds: Tensors, ticket: Ticket) -> dict[str, NDArray[Any]]:
         """Enqueue a call's rows, await them all. Leaving early withdraws those that have not started."""
@@ -252,7 +258,10 @@ class Stepping:
         """The batch size past which doubling makes a row less than 15% cheaper."""
         size, cost = 1, await self._seconds_per_row(latent, conditioning, 1, MEASURING_S)
         while size < LARGEST_BATCH:
-            doubled = await self._seconds_per_row(latent, conditioning, size * 2, MEASURING_S)
+            try:
+                doubled = await self._seconds_per_row(latent, conditioning, size * 2, MEASURING_S)
+            except ModelError:  # `size` rows have just run: so many are too many for it
+                break
             if doubled > cost * (1 - WORTHWHILE):
                 break
             size, cost = size * 2, doubled

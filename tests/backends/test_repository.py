@@ -10,7 +10,15 @@ import pytest
 
 from saccade.card import PARAMETER
 from saccade.errors import ModelError
-from saccade.repository import Repository, Tensor, find_repository, read_config, readable, write_config
+from saccade.repository import (
+    Repository,
+    Tensor,
+    find_repository,
+    read_config,
+    readable,
+    replace_card,
+    write_config,
+)
 from tests import toy
 
 
@@ -260,3 +268,38 @@ def test_a_models_digest_changes_with_any_of_its_files(tmp_path: Path) -> None:
     others = [card.model_copy(update={"digests": card.digests | {name: "0" * 64}}) for name in card.digests]
     assert len({card.digest, *(other.digest for other in others)}) == 4
     assert card.model_copy(update={"digests": {}}).digest == ""
+
+
+def test_a_card_is_replaced_and_nothing_else(path: Path) -> None:
+    before = Repository(path).config("toy")
+    card = Repository(path).card("toy").model_copy(update={"summary": 'it\'s \\ "quoted"'})
+    replace_card(path, "toy", card)
+    after = Repository(path).config("toy")
+    assert Repository(path).card("toy") == card
+    for config in (before, after):
+        del config.parameters[PARAMETER]
+    assert before == after
+    assert before.model_warmup[0].inputs["latent"].dims == [8, 8, 8]
+
+
+@pytest.mark.parametrize("added", ['parameters { key: "other" value { string_value: "x" } }\n', None])
+def test_a_card_that_is_not_at_the_end_is_not_replaced(path: Path, added: str | None) -> None:
+    file = path / "toy/config.pbtxt"
+    card = Repository(path).card("toy")
+    text = file.read_text()
+    file.write_text(text + added if added else text.replace("parameters {\n  key", "parameters { key"))
+    with pytest.raises(ModelError, match="does not end with its card"):
+        replace_card(path, "toy", card)
+
+
+def test_a_warm_up_has_the_sizes_of_a_picture(tmp_path: Path) -> None:
+    inputs = [Tensor("image", (3, -1, -1)), Tensor("detail", (5, -1, -1), cell=8), Tensor("task", (), "INT64")]
+    write_config(tmp_path, "x", inputs, [], 4, warm_up_px=64)
+    [sample] = Repository(tmp_path).config("x").model_warmup
+    assert {name: list(given.dims) for name, given in sample.inputs.items()} == {
+        "image": [3, 64, 64],
+        "detail": [5, 8, 8],
+        "task": [1],
+    }
+    assert sample.inputs["image"].random_data
+    assert sample.inputs["task"].zero_data

@@ -41,19 +41,22 @@ def quiet() -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1", "COLUMNS": "100", "NO_COLOR": "1"}
 
 
-@pytest.fixture(scope="session")
-def url(toy_repository: Path, quiet: dict[str, str]) -> Iterator[str]:
+@pytest.fixture(scope="session", params=["embedded", pytest.param("triton", marks=pytest.mark.triton)])
+def url(request: pytest.FixtureRequest, toy_repository: Path, quiet: dict[str, str]) -> Iterator[str]:
     """A server of the toy model in a process of its own, as `saccade serve` starts it; it must end well, too."""
     command = [sys.executable, "-m", "saccade", "serve", "--port", "0", "--batch-size", "2", "--threads", "1"]
-    command += ["--model-repository", str(toy_repository)]
+    if request.param == "triton":
+        command += ["--backend", "triton", "--triton-url", request.getfixturevalue("tritons")(toy_repository).url]
+    else:
+        command += ["--model-repository", str(toy_repository)]
     with subprocess.Popen(command, env=quiet, stderr=subprocess.PIPE, text=True) as server:
         assert server.stderr is not None
         said = []
         for line in server.stderr:
             said.append(line)
-            if "ready: model" in line:
+            address = re.search(r"http://127\.0\.0\.1:\d+", "".join(said))
+            if address and any("serves, in batches" in one for one in said):
                 break
-        address = re.search(r"http://127\.0\.0\.1:\d+", "".join(said))
         assert address, "".join(said)
         yield address[0]
         server.terminate()

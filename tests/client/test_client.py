@@ -23,6 +23,7 @@ from saccade.local import Local
 from saccade.pipeline import Answer
 from tests.client.conftest import Scene
 
+EMBEDDED = pytest.mark.parametrize("url", ["embedded"], indirect=True, scope="session")  # Triton rounds otherwise
 TASKS = ("depth", "flow", "amodal")
 Handler = Callable[[httpx.Request], httpx.Response]
 
@@ -52,6 +53,7 @@ def same(one: Answer, other: Answer) -> bool:
     )
 
 
+@EMBEDDED
 @pytest.mark.parametrize("task", TASKS)
 def test_server_and_process_give_the_same_answer_to_the_last_bit(
     task: str, url: str, local: Local, pictures: dict[str, tuple[Path, ...]]
@@ -114,6 +116,7 @@ def test_none_is_the_models_default(url: str, scene: Scene) -> None:
         assert same(client.depth(scene.image, steps=None, reduction=None), client.depth(scene.image))
 
 
+@EMBEDDED
 def test_a_picture_is_the_same_however_it_is_held(url: str, local: Local, scene: Scene) -> None:
     with Image.open(scene.image) as opened:
         array = np.array(opened)

@@ -14,7 +14,9 @@ from PIL import Image
 
 from saccade.backends import Array, Backend, Conditioning, Labels, Ticket
 from saccade.card import Card
+from server.alias import Opener
 from server.app import create_app
+from server.model import Model
 from server.service import Service
 from server.settings import Settings
 
@@ -55,6 +57,11 @@ class House:
     def __init__(self, client: httpx.AsyncClient, service: Service) -> None:
         self.client, self.service = client, service
 
+    @property
+    def model(self) -> Model:
+        """The one that serves."""
+        return self.service.alias.current
+
     async def ask(self, task: str, accept: str | None = None, **options: Any) -> httpx.Response:
         """POST /task with this test's pictures; options go into the query."""
         headers = {} if accept is None else {"Accept": accept}
@@ -73,7 +80,18 @@ def parse_metrics(text: str) -> dict[str, float]:
 @asynccontextmanager
 async def running(backend: Backend, **settings: Any) -> AsyncIterator[House]:
     """The app around a backend that outlives it. A test that hangs fails after half a minute."""
-    app = create_app(Settings.load(**{"batch_size": 1, **settings}), Wrapped(backend))
+
+    async def opener(_: str | None) -> Backend:
+        return Wrapped(backend)
+
+    async with housed(opener, **settings) as house:
+        yield house
+
+
+@asynccontextmanager
+async def housed(opener: Opener, **settings: Any) -> AsyncIterator[House]:
+    """The app around the backends that `opener` gives it."""
+    app = create_app(Settings.load(**{"batch_size": 1, **settings}), opener)
     transport = httpx.ASGITransport(app)
     async with (
         asyncio.timeout(30),
@@ -87,6 +105,15 @@ async def until(condition: Callable[[], object]) -> None:
     """Wait until the callable is true."""
     while not condition():
         await asyncio.sleep(0.005)
+
+
+class Clock:
+    """Time that passes on command."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 class Wrapped:

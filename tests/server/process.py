@@ -47,14 +47,25 @@ class Process:
         return bool(found)
 
     def alive(self) -> bool:
+        return self._is_fine("/livez")
+
+    def ready(self) -> bool:
+        return self._is_fine("/readyz")
+
+    def _is_fine(self, path: str) -> bool:
         with suppress(httpx.TransportError):
-            return httpx.get(self.url + "/livez").status_code == 200
+            return httpx.get(self.url + path, timeout=20).status_code == 200
         return False
 
 
+def placed(repository: Path) -> dict[str, object]:
+    """Settings that say where the repository's model runs; see the fixture `place`."""
+    return {"model_repository": repository, "engine": "onnxruntime", "threads": 1}
+
+
 def environment(repository: Path, **settings: object) -> dict[str, str]:
-    chosen = {"model_repository": repository, "port": 0, "engine": "onnxruntime", "batch_size": 4, "threads": 1}
-    named = {f"SACCADE_{name.upper()}": str(value) for name, value in {**chosen, **settings}.items()}
+    chosen = {"port": 0, "batch_size": 4, **placed(repository), **settings}
+    named = {f"SACCADE_{name.upper()}": str(value) for name, value in chosen.items()}
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SACCADE_")}
     return kept | named
 
@@ -77,3 +88,11 @@ def started(repository: Path, **settings: object) -> Iterator[Process]:
             yield process
         finally:
             popen.kill()
+
+
+@contextmanager
+def serving(repository: Path, **settings: object) -> Iterator[Process]:
+    """A server whose model answers."""
+    with started(repository, **settings) as process:
+        process.until(process.ready)
+        yield process

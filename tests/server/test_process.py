@@ -15,7 +15,10 @@ import pytest
 
 from tests import toy
 from tests.server.house import PROBLEM, files, png
-from tests.server.process import Process, spawn, started
+from tests.server.process import Process, serving, spawn
+
+pytestmark = pytest.mark.usefixtures("place")
+EMBEDDED = pytest.mark.parametrize("place", ["embedded"], indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +28,8 @@ def heavy_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def shared(toy_repository: Path) -> Iterator[Process]:
-    with started(toy_repository, max_upload_bytes=200_000) as process:
+def shared(place: None, toy_repository: Path) -> Iterator[Process]:
+    with serving(toy_repository, max_upload_bytes=200_000) as process:
         yield process
 
 
@@ -73,7 +76,7 @@ def test_lengths_that_lie_do_not_hurt(shared: Process) -> None:
 
 
 def test_leaving_frees_the_steps_at_once(heavy_repository: Path) -> None:
-    with started(heavy_repository, max_steps=1000) as server:
+    with serving(heavy_repository, max_steps=1000) as server:
         request = httpx.Request(
             "POST",
             server.url + "/depth?steps=1000&ensemble_size=20&processing_resolution=256",
@@ -93,7 +96,7 @@ def test_leaving_frees_the_steps_at_once(heavy_repository: Path) -> None:
 
 
 def test_sigterm_finishes_what_was_accepted(heavy_repository: Path) -> None:
-    with started(heavy_repository) as server, ThreadPoolExecutor(1) as pool:
+    with serving(heavy_repository) as server, ThreadPoolExecutor(1) as pool:
         url = server.url + "/depth?steps=100&ensemble_size=4&processing_resolution=128"
         answer = pool.submit(httpx.post, url, files=files("depth", image=png(128, 128)), timeout=60)
         server.until(lambda: server.counters().get('saccade_rows_total{kind="denoise"}', 0) > 0)
@@ -109,6 +112,7 @@ def test_a_port_in_use_is_one_plain_line(shared: Process, toy_repository: Path, 
     refusal(toy_repository, tmp_path / "log", f"port {shared.port}", port=shared.port)
 
 
+@EMBEDDED
 def test_a_missing_repository_is_one_plain_line(tmp_path: Path) -> None:
     refusal(tmp_path / "nowhere", tmp_path / "log", "model repository")
 

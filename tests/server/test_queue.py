@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import httpx
 import pytest
@@ -11,15 +12,8 @@ from saccade.backends import Backend
 from saccade.errors import ModelError
 from server.admission import Admission, Overloaded, work
 from server.service import ClientGone, while_connected
-from tests.server.house import Failing, Gated, files, running, until
+from tests.server.house import Clock, Failing, Gated, House, files, running, until
 from tests.server.test_refusals import assert_problem
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def test_work_counts_steps_members_and_pixels(backend: Backend) -> None:
@@ -146,7 +140,7 @@ def test_leaving_frees_queue_and_steps(backend: Backend) -> None:
             await until(lambda: gate.rows)
             leave.set()
             await serving
-            assert (house.service.stepping.waiting, house.service.admission.requests) == (0, 0)
+            assert (house.model.stepping.waiting, house.service.admission.requests) == (0, 0)
             gate.open()
             assert (await house.ask("flow", steps=1)).status_code == 200
             return gate.rows, await house.counters()
@@ -163,7 +157,7 @@ def test_too_slow_is_503_and_withdrawn(backend: Backend) -> None:
         async with running(gate, request_timeout_s=0.3) as house:
             gate.shut()
             late = await house.ask("depth")
-            assert house.service.admission.requests == house.service.stepping.waiting == 0
+            assert house.service.admission.requests == house.model.stepping.waiting == 0
             gate.open()
             assert (await house.ask("depth")).status_code == 200
             return late
@@ -186,10 +180,16 @@ def test_slow_upload_is_408(backend: Backend) -> None:
     assert_problem(asyncio.run(story()), 408, "upload-timeout")
 
 
+def outdate(house: House) -> None:
+    """What readiness knows from the start is older than any time to live from now on."""
+    house.model.readiness.clock = lambda: time.monotonic() + 1e6
+
+
 def test_readiness_is_an_inference_kept_for_a_while(backend: Backend) -> None:
     async def story() -> None:
         gate = Gated(backend)
         async with running(gate, readiness_ttl_s=1000) as house:
+            outdate(house)
             gate.shut()
             asking = [asyncio.create_task(house.client.get("/readyz")) for _ in range(5)]
             await until(lambda: gate.rows)
@@ -231,11 +231,10 @@ def test_real_work_proves_readiness(backend: Backend) -> None:
 
 
 def test_a_stuck_backend_is_not_ready(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.health.PROBE_TIMEOUT_S", 0.1)
-
     async def story() -> httpx.Response:
         gate = Gated(backend)
         async with running(gate, readiness_ttl_s=0) as house:
+            monkeypatch.setattr("server.health.PROBE_TIMEOUT_S", 0.5)
             gate.shut()
             unready = await house.client.get("/readyz")
             gate.open()
@@ -247,15 +246,15 @@ def test_a_stuck_backend_is_not_ready(backend: Backend, monkeypatch: pytest.Monk
 def test_a_probe_that_waits_behind_work_that_succeeds_is_no_fault(
     backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.health.PROBE_TIMEOUT_S", 0.1)
-
     async def story() -> int:
         gate = Gated(backend)
         async with running(gate, readiness_ttl_s=1000) as house:
+            outdate(house)
+            monkeypatch.setattr("server.health.PROBE_TIMEOUT_S", 0.5)
             gate.shut()
             asking = asyncio.create_task(house.client.get("/readyz"))
             await until(lambda: gate.rows)
-            house.service.readiness.prove()
+            house.model.readiness.prove()
             answer = await asking
             gate.open()
             return answer.status_code
@@ -274,17 +273,19 @@ def test_whatever_fails_a_probe_is_not_ready(backend: Backend) -> None:
 
 
 def test_metrics_follow_the_work(backend: Backend) -> None:
-    async def story() -> dict[str, float]:
+    async def story() -> tuple[dict[str, float], dict[str, float]]:
         async with running(backend, batch_size=4) as house:
+            before = await house.counters()
             await asyncio.gather(*(house.ask("depth", steps=5, seed=seed) for seed in range(4)))
             await house.ask("flow", steps=0)
-            return await house.counters()
+            return before, await house.counters()
 
-    counters = asyncio.run(story())
+    before, counters = asyncio.run(story())
     assert counters['saccade_requests_total{status="200",task="depth"}'] == 4
     assert counters['saccade_requests_total{status="422",task="flow"}'] == 1
-    assert counters['saccade_rows_total{kind="denoise"}'] == 20
-    assert counters['saccade_batch_rows_count{kind="denoise"}'] <= 20
+    assert counters['saccade_rows_total{kind="denoise"}'] - before['saccade_rows_total{kind="denoise"}'] == 20
+    batches = 'saccade_batch_rows_count{kind="denoise"}'
+    assert counters[batches] - before[batches] <= 20
     assert counters['saccade_phase_seconds_count{phase="denoise",task="depth"}'] == 4
     assert counters["saccade_pending_requests"] == counters["saccade_running_rows"] == 0
     assert counters["saccade_work_rate"] > 0
@@ -300,7 +301,7 @@ def test_nothing_leaks_when_many_leave_at_any_moment(backend: Backend) -> None:
                     task.cancel()
             answers = await asyncio.gather(*asking, return_exceptions=True)
             assert sum(isinstance(answer, httpx.Response) and answer.status_code == 200 for answer in answers) >= 6
-            await until(lambda: house.service.stepping.running == 0)
+            await until(lambda: house.model.stepping.running == 0)
             return await house.counters()
 
     counters = asyncio.run(story())

@@ -25,7 +25,7 @@ from schemathesis.specs.openapi.checks import (
 
 from saccade.tasks import TASKS
 from tests.server.house import mask, png
-from tests.server.process import started
+from tests.server.process import serving
 
 EXAMPLES = 40
 # Not positive_data_acceptance: a schema cannot say that two pictures must be of one size, or that a file is a picture.
@@ -46,9 +46,9 @@ schemathesis.openapi.format("byte", PICTURES.map(lambda data: base64.b64encode(d
 
 
 @pytest.fixture(scope="module")
-def api(toy_repository: Path) -> Iterator[schemathesis.BaseSchema]:
+def api(place: None, toy_repository: Path) -> Iterator[schemathesis.BaseSchema]:
     bounds = {"max_steps": 6, "max_ensemble_size": 3, "max_processing_resolution": 96}
-    with started(toy_repository, **bounds) as server:
+    with serving(toy_repository, **bounds) as server:
         yield schemathesis.openapi.from_url(server.url + "/openapi.json")
 
 

@@ -64,3 +64,15 @@ def test_bad_flags_variables_and_files_are_named(tmp_path: Path, monkeypatch: py
 def test_the_documented_table_is_made_from_the_settings() -> None:
     documented = Path(settings.__file__).parents[1] / "docs" / "settings.md"
     assert documented.read_text() == settings.table(), "run: python -m server.settings > docs/settings.md"
+
+
+def test_tritons_endpoints_are_a_list_without_repetition() -> None:
+    chosen = Settings(backend="triton", triton_url="a:1, [::1]:2,a:1", triton_concurrency=3)
+    assert chosen.endpoints == ("a:1", "[::1]:2")
+    assert (chosen.concurrency, Settings(triton_concurrency=3).concurrency) == (6, 1)
+
+
+@pytest.mark.parametrize("url", ["", "host", "http://host:1", "host:1,", "host:port", "host:1;other:2"])
+def test_what_is_no_endpoint_is_refused(url: str) -> None:
+    with pytest.raises(InvalidInput, match="triton_url"):
+        Settings.load(triton_url=url)
