@@ -40,12 +40,15 @@ def variants(config: ModelConfig, engine_cache: str = ENGINE_CACHE) -> dict[str,
     }
     profile = cached | dict(_profile(config))
     one_size = cached | dict(_profile(config, fixed=True))
+    one_row = ModelConfig()
+    one_row.CopyFrom(config)
+    one_row.max_batch_size = 1  # Triton would merge rows beyond the profile; the gateway's batches end there too
     return {
         "cuda": _on_gpu(config, "cuda", CUDA),
         "cuda-tf32": _on_gpu(config, "cuda", CUDA | {"use_tf32": "1"}),
         "tensorrt": _on_gpu(config, "tensorrt", {"precision_mode": "FP32"} | profile),
         "tensorrt-fp16": _on_gpu(config, "tensorrt", HALF | profile),
-        "tensorrt-graph": _on_gpu(config, "tensorrt", HALF | one_size | {"trt_cuda_graph_enable": "1"}),
+        "tensorrt-graph": _on_gpu(one_row, "tensorrt", HALF | one_size | {"trt_cuda_graph_enable": "1"}),
     }
 
 

@@ -41,7 +41,7 @@ class Settings(BaseSettings):
         description="Triton's gRPC endpoints, host:port; several of one repository are separated by commas.",
     )
     triton_timeout_s: float = Field(10, gt=0, description="Longest one call to Triton may take, retries included.")
-    triton_concurrency: int = Field(4, ge=1, le=64, description="Batches in flight to each endpoint of Triton.")
+    triton_concurrency: int = Field(4, ge=1, le=64, description="Batches in flight for each name in `triton_url`.")
     model_repository: Path | None = Field(
         None, description="Directory in Triton's layout; by default ./model_repository, else the checkout's."
     )

@@ -16,7 +16,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
-from tritonclient.grpc.service_pb2 import ServerReadyRequest
+from tritonclient.grpc.service_pb2 import ServerLiveRequest
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from saccade.errors import BackendUnavailable, ModelError
@@ -98,8 +98,9 @@ class Endpoint:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self.state = State.GONE
+        self.state, self.why = State.GONE, ""
         self.strikes = 0
+        self.heard_at = float("-inf")
         self.suspect = asyncio.Event()
         self._calls: set[grpc.aio.Call] = set()
         self._open()
@@ -119,7 +120,9 @@ class Endpoint:
         call = getattr(self._stub, method)(request, timeout=timeout_s)
         self._calls.add(call)
         try:
-            return await call
+            answer = await call
+            self.heard_at = time.monotonic()
+            return answer
         except grpc.aio.AioRpcError as error:
             raise fault(error.code(), error.details() or "") from None
         except asyncio.CancelledError:
@@ -131,9 +134,12 @@ class Endpoint:
             self._calls.discard(call)
             call.cancel()
 
-    async def ready(self) -> bool:
-        """Whether the server says so. Raises Fault."""
-        return bool((await self.call("ServerReady", ServerReadyRequest(), LOOK_TIMEOUT_S)).ready)
+    async def answers(self) -> None:
+        """Raises Fault for a server that does not answer, or drains.
+
+        Not Triton's readiness: by default that is false for all while any model loads, and after any could not.
+        """
+        await self.call("ServerLive", ServerLiveRequest(), LOOK_TIMEOUT_S)
 
     async def abandon(self) -> None:
         """Give up the connection and every call on it: a host that vanished never closes it."""
@@ -262,14 +268,15 @@ class Endpoints:
         return BackendUnavailable("Triton does not have the model ready", retry_after_s=2.0)
 
     def _set(self, endpoint: Endpoint, state: State, why: str) -> None:
-        if endpoint.state is state:
+        if (endpoint.state, endpoint.why) == (state, why):
             return
         log.log(
             logging.INFO if state is State.UP else logging.WARNING,
             "Triton at %s is %s%s", endpoint.address, state.value, f": {why}" if why else "",
         )  # fmt: skip
-        endpoint.state = state
-        self._note()
+        moved, endpoint.state, endpoint.why = endpoint.state is not state, state, why
+        if moved:
+            self._note()
 
     def _note(self) -> None:
         """Keep the two times, wake whoever waits."""
@@ -320,15 +327,17 @@ class Endpoints:
         """Bring the endpoint's state up to date."""
         suspected = endpoint.suspect.is_set()
         endpoint.suspect.clear()
+        asked_at = time.monotonic()
         try:
-            ready = await endpoint.ready()
+            await endpoint.answers()
         except Fault as found:
-            await self._silent(endpoint, found)
+            if found.kind is Kind.LATE and endpoint.heard_at >= asked_at:
+                endpoint.strikes = 0  # it answers calls: it is busy, not gone
+            else:
+                await self._silent(endpoint, found)
             return
         endpoint.strikes = 0
-        if not ready:
-            self._set(endpoint, State.LOADING, "it is not ready, or drains")
-        elif suspected or endpoint.state is not State.UP:
+        if suspected or endpoint.state is not State.UP:
             await self._revive(endpoint)
 
     async def _silent(self, endpoint: Endpoint, found: Fault) -> None:

@@ -6,8 +6,8 @@ import asyncio
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -35,6 +35,8 @@ class _Row:
     feeds: Tensors
     ticket: Ticket
     result: asyncio.Future[Tensors]
+    batch: list[_Row] = field(default_factory=list)
+    work: asyncio.Task[None] | None = None
 
     @cached_property
     def key(self) -> tuple[object, ...]:
@@ -149,6 +151,9 @@ class Stepping:
             for row in rows:
                 self._withdraw(row)
                 row.result.cancel()  # a failure that is not the first one needs no log, and gets none
+            for row in rows:
+                if row.work is not None and all(other.result.done() for other in row.batch):
+                    row.work.cancel()  # nobody waits for it any more
         return {name: _join([result[name] for result in results]) for name in results[0]}
 
     def _withdraw(self, row: _Row) -> None:
@@ -172,8 +177,21 @@ class Stepping:
             for row in batch:
                 row.ticket.start()
             task = asyncio.get_running_loop().create_task(self._work(batch))
+            for row in batch:
+                row.batch, row.work = batch, task
             self._batches.add(task)
-            task.add_done_callback(self._batches.discard)
+            task.add_done_callback(partial(self._ended, batch))
+
+    def _ended(self, batch: list[_Row], task: asyncio.Task[None]) -> None:
+        """A callback and no `finally`: a task that is cancelled before its first step runs none."""
+        self._batches.discard(task)
+        self._fail(batch, BackendUnavailable("the batch was called off"))
+        for row in batch:
+            row.ticket.finish()
+            row.batch, row.work = [], None
+        self._running -= len(batch)
+        self._free += 1
+        self._pump()
 
     def _take(self) -> list[_Row]:
         """The next batch's rows, in turn."""
@@ -200,9 +218,6 @@ class Stepping:
         began = time.perf_counter()
         try:
             results = await self._call(batch[0].kind, self._fill(batch))
-        except asyncio.CancelledError:
-            self._fail(batch, BackendUnavailable("the batch was called off"))
-            raise
         except Exception as error:
             self._fail(batch, error)
         else:
@@ -211,12 +226,6 @@ class Stepping:
                     row.result.set_result({name: value[i : i + 1] for name, value in results.items()})
             if self._observer is not None:
                 self._observer(batch[0].kind, len(batch), time.perf_counter() - began)
-        finally:
-            for row in batch:
-                row.ticket.finish()
-            self._running -= len(batch)
-            self._free += 1
-            asyncio.get_running_loop().call_soon(self._pump)  # after the callers, whose next steps may join
 
     def _fail(self, batch: list[_Row], error: Exception) -> None:
         for row in batch:

@@ -184,12 +184,15 @@ class Triton(Graphs):
         tried: list[Endpoint] = []
         while True:
             endpoint = await self._endpoints.choose(tried, until, self._timeout_s)
+            left_s = until - time.monotonic()
             try:
-                return await endpoint.call("ModelInfer", request, until - time.monotonic())
+                return await endpoint.call("ModelInfer", request, left_s)
             except Fault as fault:
                 log.warning("%s at %s: %s (%s)", request.model_name, endpoint.address, fault, fault.told)
                 tried.append(endpoint)
-                if fault.kind not in (Kind.BUSY, Kind.FAILED):
+                if fault.kind is Kind.LATE and left_s < self._timeout_s / 2:
+                    pass  # it was given what others had left over
+                elif fault.kind not in (Kind.BUSY, Kind.FAILED):
                     self._endpoints.suspect(endpoint, fault.kind)
                 if len(tried) == ATTEMPTS or not self._may_help(fault.kind, tried):
                     raise self._error(part, fault) from None

@@ -30,14 +30,16 @@ class FakeTriton(GRPCInferenceServiceServicer):
         self.failures: dict[str, list[Failure]] = {}
         self.load_failure: Failure | None = None
         self.silent = False
-        self.is_ready = True
+        self.draining = False
         self.calls: list[str] = []
         self.commands: list[str] = []
         self.left = 0
         self.url = ""
 
-    async def ServerReady(self, request, context):
-        return messages.ServerReadyResponse(ready=self.is_ready)
+    async def ServerLive(self, request, context):
+        if self.draining:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "Server exiting")
+        return messages.ServerLiveResponse(live=True)
 
     async def RepositoryIndex(self, request, context):
         return messages.RepositoryIndexResponse(models=[{"name": name, "state": "READY"} for name in self.loaded])

@@ -322,13 +322,13 @@ def test_an_outage_is_told_at_once_and_its_end_is_noticed(fake: FakeTriton, monk
 def test_a_server_that_drains_gets_no_calls(fake: FakeTriton, other: FakeTriton) -> None:
     async def story() -> None:
         async with connected(fake, other) as triton:
-            fake.is_ready = False
-            while "loading" not in triton.states.values():
+            fake.draining = True
+            while "gone" not in triton.states.values():
                 await asyncio.sleep(0.01)
             for _ in range(4):
                 await denoise(triton)
             assert fake.calls == []
-            fake.is_ready = True
+            fake.draining = False
             while set(triton.states.values()) != {"up"}:
                 await asyncio.sleep(0.01)
 

@@ -7,6 +7,7 @@ restart.
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
@@ -340,17 +341,46 @@ def test_a_gateway_starts_before_its_triton(server: TritonServer) -> None:
 def test_leaving_cancels_the_call_in_triton(server: TritonServer) -> None:
     async def story() -> None:
         async with gateway(server) as house:
-            inject(server.repository, "toy", "slow 0.5")
+            inject(server.repository, "toy", "slow 8")
             asking = house.asking(6, steps=50)
             await house.until_running()
             for task in asking:
                 task.cancel()
             await asyncio.gather(*asking, return_exceptions=True)
-            inject(server.repository, "toy", None)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(2):  # while the model is as slow as ever
                 while await house.leaks():
                     await asyncio.sleep(0.05)
-            assert (await house.ask()).status == 200
+            inject(server.repository, "toy", None)
+            async with asyncio.timeout(20):  # the stand-in sleeps its last sleep to the end
+                while (await house.ask()).status != 200:
+                    await asyncio.sleep(0.1)
+
+    run(story)
+
+
+@pytest.fixture
+def broken(server: TritonServer) -> Iterator[str]:
+    """A model beside toy whose graph is none; the server has not been told of it."""
+    folder = server.repository / "broken"
+    shutil.copytree(server.repository / "toy", folder)
+    config = folder / "config.pbtxt"
+    config.write_text(config.read_text().replace('name: "toy"', 'name: "broken"', 1))
+    (folder / "1" / "model.onnx").write_bytes(b"garbage")
+    yield folder.name
+    shutil.rmtree(folder)
+
+
+def test_a_broken_model_beside_it_does_not_stop_the_one_that_serves(server: TritonServer, broken: str) -> None:
+    """To Triton's own mind, as it is by default, no model is ready while one could not be loaded."""
+
+    async def story() -> None:
+        async with gateway(server) as house:
+            with pytest.raises(ModelError):
+                await Triton.connect([server.url], broken)
+            until = time.monotonic() + 4
+            while time.monotonic() < until:
+                assert (await house.ask()).status == 200
+                await asyncio.sleep(0.1)
 
     run(story)
 
