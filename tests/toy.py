@@ -49,11 +49,11 @@ def write(path: Path, name: str, card: Card) -> None:
     """The three configurations."""
     task, timestep = Tensor("task", (), "INT64"), Tensor("timestep", (), "INT64")
     pictures = [Tensor("image", (3, -1, -1)), Tensor("prompt", (3, -1, -1)), task]
-    seen = [Tensor(key, (LATENT, -1, -1)) for key in CONDITIONING]
-    latent, prediction = Tensor("latent", (LATENT, -1, -1)), Tensor("prediction", (LATENT, -1, -1))
-    write_config(path, f"{name}-encoder", pictures, seen, 16)
-    write_config(path, name, [latent, timestep, task, *seen], [prediction], 16, card)
-    write_config(path, f"{name}-decoder", [latent], [Tensor("picture", (PLANES, -1, -1))], 16)
+    seen = [Tensor(key, (LATENT, -1, -1), cell=STRIDE) for key in CONDITIONING]
+    latent, prediction = (Tensor(key, (LATENT, -1, -1), cell=STRIDE) for key in ("latent", "prediction"))
+    write_config(path, f"{name}-encoder", pictures, seen, 16, warm_up_px=64)
+    write_config(path, name, [latent, timestep, task, *seen], [prediction], 16, card, warm_up_px=64)
+    write_config(path, f"{name}-decoder", [latent], [Tensor("picture", (PLANES, -1, -1))], 16, warm_up_px=64)
 
 
 def describe(name: str, count: int) -> dict[str, Any]:

@@ -11,12 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
-from tritonclient.grpc.model_config_pb2 import TYPE_INT64
-
 from saccade.card import Card, QualityPoint
 from saccade.errors import ModelError
-from saccade.repository import Repository, Tensor, write_config
+from saccade.repository import Repository, replace_card
 from training.report import ALL
 
 
@@ -24,21 +21,9 @@ def annotate(path: Path, quality: list[QualityPoint], name: str | None = None) -
     """Replace the card's quality by `quality` and return it. Raises ModelError for a repository not in order."""
     repository = Repository(path)
     name = name or repository.default()
-    config = repository.config(name)
     card = repository.card(name).model_copy(update={"quality": quality})
-    write_config(path, name, _tensors(config.input), _tensors(config.output), config.max_batch_size, card)
+    replace_card(path, name, card)
     return card
-
-
-def _tensors(ports: RepeatedCompositeFieldContainer[Any]) -> list[Tensor]:
-    return [
-        Tensor(
-            port.name,
-            () if port.HasField("reshape") else tuple(port.dims),
-            "INT64" if port.data_type == TYPE_INT64 else "FP32",
-        )
-        for port in ports
-    ]
 
 
 def points(sweep: dict[str, Any], digest: str) -> list[QualityPoint]:

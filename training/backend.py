@@ -14,8 +14,7 @@ from saccade.card import Card
 from saccade.repository import Repository
 from saccade.schedule import NoiseSchedule
 from training import weights
-from training.models.perceiver import Config
-from training.train import Model
+from training.models.perceiver import Config, Model
 
 
 class TorchBackend:

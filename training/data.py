@@ -43,16 +43,19 @@ class Sample:
 
 
 class Scenes:
-    """`folder` holds shards written by `training.scenes.make`; `real` are folders of NAME.jpg + NAME_depth_mm.png."""
+    """`folder` holds shards written by `training.scenes.make`; `real` are folders of NAME.jpg + NAME_depth_mm.png, of
+    which `real_share` of the depth samples are drawn; into `in_front` of them a cut-out is put."""
 
-    def __init__(self, folder: Path, real: tuple[Path, ...] = (), real_share: float = 0.0, seed: int = 0) -> None:
+    def __init__(
+        self, folder: Path, real: tuple[Path, ...] = (), real_share: float = 0.0, seed: int = 0, in_front: float = 0.0
+    ) -> None:
         self.solid = sorted(folder.glob("solid-*"))
         self.layered = sorted(folder.glob("layered-*"))
         if not self.solid or not self.layered:
             raise FileNotFoundError(f"{folder} needs shards of both kinds: run python -m training.scenes.make")
         self.real = [p for root in real for p in _depth_files(root)]
         self.real_share = real_share if self.real else 0.0
-        self.seed = seed
+        self.seed, self.in_front = seed, in_front
 
     def batch(self, step: int, task: str, count: int, size: tuple[int, int]) -> Batch:
         """`count` samples of `task` at (H, W)."""
@@ -73,9 +76,12 @@ class Scenes:
             scene = _pick(self.solid, rng, ("first", "depth"))
             picture, depth = scene["first"], scene["depth"].astype(np.float32)
             known = np.ones(depth.shape, bool)
-        crop = Crop.random(rng, picture.shape[:2], size, least=0.5)
-        picture = _colours(crop.picture(picture), rng)
-        depth, known = crop.nearest(depth), crop.nearest(known.astype(np.uint8)) > 0
+        crop = Crop.random(rng, picture.shape[:2], size, least=0.4)
+        picture, depth, known = crop.picture(picture), crop.nearest(depth), crop.nearest(known.astype(np.uint8)) > 0
+        if rng.random() < self.in_front:
+            scene = _pick(self.layered, rng, ("whole_rgb", "whole"))
+            put_in_front(picture, depth, known, scene["whole_rgb"], scene["whole"], rng)
+        picture = _colours(picture, rng)
         if known.mean() < 0.2:
             return self.depth(rng, size)
         coded = DepthCoding().encode(np.where(known, depth, np.median(depth[known])), known)
@@ -145,6 +151,34 @@ def read_real(depth_file: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB), depth.astype(np.float32) / 1000, depth > 0
 
 
+def put_in_front(
+    picture: np.ndarray,
+    depth: np.ndarray,
+    known: np.ndarray,
+    rgb: np.ndarray,
+    mask: np.ndarray,
+    rng: np.random.Generator,
+) -> None:
+    """Paste an object (`mask` [H, W] bool of `rgb`) upright into a picture with depth, in place, at a random size and
+    at a depth between the eye and what it hides; nearer things stay before it."""
+    height, width = depth.shape
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    part = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    tall = int(rng.uniform(0.2, 0.9) * height)
+    wide = min(width, max(2, round(tall * len(columns) / len(rows))))
+    top, left = int(rng.integers(height // 8, height)), int(rng.integers(-wide // 3, width - wide // 2))
+    rows_in, columns_in = slice(top, min(height, top + tall)), slice(max(0, left), min(width, left + wide))
+    cut = np.s_[: rows_in.stop - top, columns_in.start - left : columns_in.stop - left]
+    inside = cv2.resize(mask[part].astype(np.uint8) * 255, (wide, tall), interpolation=cv2.INTER_AREA)[cut] > 127
+    there = inside & known[rows_in, columns_in]
+    if not there.any():
+        return
+    distance = rng.uniform(0.4, 0.95) * np.median(depth[rows_in, columns_in][there])
+    shown = there & (depth[rows_in, columns_in] > distance)
+    picture[rows_in, columns_in][shown] = cv2.resize(rgb[part], (wide, tall), interpolation=cv2.INTER_AREA)[cut][shown]
+    depth[rows_in, columns_in][shown] = distance
+
+
 @dataclass(frozen=True)
 class Crop:
     """A part of a picture, mirrored or not, brought to `size` (H, W)."""
@@ -167,12 +201,17 @@ class Crop:
 
     @classmethod
     def around(cls, mask: np.ndarray, rng: np.random.Generator, size: tuple[int, int]) -> Crop:
-        """As `saccade.fit.context_box` with a context of 0.5 to 1; `size` stretches it, whatever its aspect ratio."""
+        """As `saccade.fit.context_box` with a context of 0.5 to 1, then widened towards the aspect ratio of `size`, as
+        far as the picture goes; what still differs is stretched."""
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         margin = rng.uniform(0.5, 1.0) * max(np.ptp(rows) + 1, np.ptp(columns) + 1)
-        top, left = max(0, int(rows[0] - margin)), max(0, int(columns[0] - margin))
-        bottom = min(mask.shape[0], int(rows[-1] + 1 + margin))
-        right = min(mask.shape[1], int(columns[-1] + 1 + margin))
+        spans = [(v[0] - margin, v[-1] + 1 + margin) for v in (rows, columns)]
+        spans = [(max(0, int(a)), min(edge, int(b))) for (a, b), edge in zip(spans, mask.shape, strict=True)]
+        height, width = (b - a for a, b in spans)
+        wanted = max(height, width * size[0] / size[1]), max(width, height * size[1] / size[0])
+        (top, bottom), (left, right) = (
+            _widened(*span, want, edge, rng) for span, want, edge in zip(spans, wanted, mask.shape, strict=True)
+        )
         return cls(top, left, bottom - top, right - left, rng.random() < 0.5, size)
 
     def picture(self, picture: np.ndarray) -> np.ndarray:
@@ -192,6 +231,13 @@ class Crop:
         part = picture[self.top : self.top + self.height, self.left : self.left + self.width]
         out = cv2.resize(np.ascontiguousarray(part), self.size[::-1], interpolation=how)
         return np.ascontiguousarray(out[:, ::-1]) if self.mirror else out
+
+
+def _widened(low: int, high: int, want: float, edge: int, rng: np.random.Generator) -> tuple[int, int]:
+    """The span within 0 .. edge, of length `want` where that fits, `low` to `high` somewhere in it."""
+    length = max(high - low, min(edge, round(want)))
+    low = int(rng.integers(max(0, high - length), min(low, edge - length) + 1))
+    return low, low + length
 
 
 def _look(rng: np.random.Generator) -> tuple[float, np.ndarray, float]:

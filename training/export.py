@@ -13,9 +13,11 @@ import json
 import logging
 import shutil
 import tempfile
+import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -26,10 +28,10 @@ from torch import nn
 from torch.export import Dim
 
 from saccade.card import Card
-from saccade.repository import Tensor, sha256, write_config
+from saccade.repository import GRAPH, Tensor, sha256, write_config
 from training.models.codec import BLOCK
-from training.models.perceiver import TASKS, Config
-from training.train import Model, Recipe
+from training.models.perceiver import TASKS, Config, Model
+from training.train import Recipe
 from training.weights import name_initializers
 
 log = logging.getLogger(__name__)
@@ -37,6 +39,8 @@ MULTIPLE = 16
 MAX_BATCH = 64
 TOLERANCE = 2e-4
 OPSET = 20
+WARM_UP_PX = 512
+TORCHSCRIPT = "model.pt"
 FRESH = ((1, 192, 144), (3, 64, 256), (5, 256, 256))  # batch, height, width
 
 
@@ -51,18 +55,21 @@ def load(checkpoint: Path, recipe: Recipe) -> tuple[Model, dict[str, Any]]:
 
 
 def examples(model: Model, batch: int, height: int, width: int, seed: int) -> dict[str, tuple[Torch, ...]]:
-    """Random inputs of the three graphs for pictures of height x width."""
+    """Random inputs of the three graphs for pictures of height x width; the second picture is the first, moved."""
     draw = torch.Generator().manual_seed(seed)
     config = model.config
 
     def normal(*shape: int) -> Torch:
         return torch.randn(shape, generator=draw)
 
+    picture = nn.functional.interpolate(
+        normal(batch, 3, height // 4, width // 4), scale_factor=4, mode="bicubic"
+    ).tanh()
     task = torch.randint(len(TASKS), (batch,), generator=draw)
     h, w = height // BLOCK, width // BLOCK
     latent = normal(batch, config.latent_channels, h, w)
     return {
-        "encoder": (normal(batch, 3, height, width).tanh(), normal(batch, 3, height, width).tanh(), task),
+        "encoder": (picture, picture.roll((1, 3), (2, 3)), task),
         "denoiser": (
             latent,
             torch.randint(1000, (batch,), generator=draw),
@@ -106,22 +113,44 @@ def export_graph(part: str, module: nn.Module, inputs: tuple[Torch, ...], file: 
     for node in graph.graph.node:  # traces of source files are nobody's business
         del node.metadata_props[:]
     del graph.graph.metadata_props[:]
-    for value in (*graph.graph.value_info, *graph.graph.input, *graph.graph.output):
+    del graph.graph.value_info[:]  # shapes between the nodes: engines infer them
+    for value in (*graph.graph.input, *graph.graph.output):
         del value.metadata_props[:]
     name_initializers(graph, module.state_dict())
     onnx.save(graph, file)
 
 
+def export_torchscript(part: str, module: nn.Module, inputs: tuple[Torch, ...], file: Path) -> None:
+    """One module to one TorchScript file, traced: `part` is for `export_graph`'s sake."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tracing: `verify` finds out, at other sizes, what they only suspect
+        torch.jit.save(torch.jit.trace(module, inputs, check_trace=False), file)
+
+
 def disagreement(part: str, module: nn.Module, inputs: tuple[Torch, ...], file: Path) -> float:
-    """Largest error of the graph in ONNX Runtime against eager torch, relative to the output's deviation; NaN stays."""
+    """Error of the file's graph against eager torch, relative to the output's deviation; NaN stays.
+
+    A root mean square over each sample, the worst one's: where the tracker is misled, it carries rounding far at single
+    places, and the order of additions is an engine's own.
+    """
+    with torch.no_grad():
+        theirs, ours = (_outputs(answer) for answer in (_run_file(part, inputs, file), module(*inputs)))
+    pairs = list(zip(theirs, ours, strict=True))
+    errors = [np.sqrt(np.square(a - b).reshape(len(b), -1).mean(1).max()) / (b.std() + 1e-6) for a, b in pairs]
+    return float(np.max(errors))
+
+
+def _run_file(part: str, inputs: tuple[Torch, ...], file: Path) -> Any:
+    if file.name == TORCHSCRIPT:
+        return torch.jit.load(file)(*inputs)
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     feeds = {name: value.numpy() for name, value in zip(NAMES[part][0], inputs, strict=True)}
-    theirs = session.run(NAMES[part][1], feeds)
-    with torch.no_grad():
-        ours = module(*inputs)
-    ours = ours if isinstance(ours, tuple) else (ours,)
-    pairs = [(a, b.numpy()) for a, b in zip(theirs, ours, strict=True)]
-    return float(np.max([np.abs(a - b).max() / (b.std() + 1e-6) for a, b in pairs]))
+    return tuple(map(torch.from_numpy, session.run(NAMES[part][1], feeds)))
+
+
+def _outputs(answer: Any) -> list[np.ndarray]:
+    return [value.numpy() for value in (answer if isinstance(answer, tuple) else (answer,))]
 
 
 def verify(part: str, model: Model, file: Path) -> None:
@@ -139,24 +168,44 @@ def module_of(model: Model, part: str) -> nn.Module:
     return {"encoder": model.encoder, "denoiser": model.denoiser, "decoder": model.codec}[part]
 
 
-def export(checkpoint: Path, recipe: Recipe, repository: Path, facts: dict[str, Any]) -> Card:
+def export(
+    checkpoint: Path, recipe: Recipe, repository: Path, facts: dict[str, Any], *, torchscript: Path | None = None
+) -> Card:
     """Write the model named in `facts`, in place of one of that name, and return its card.
 
-    Raises RuntimeError where a graph disagrees with eager torch, ValueError where the facts do not fit the model.
+    `torchscript`: a repository, this or another, that gets the same model as <name>-torchscript for Triton's backend
+    `pytorch`. Raises RuntimeError where a graph disagrees with eager torch, ValueError where the facts do not fit the
+    model.
     """
     model, run = load(checkpoint, recipe)
+    card = export_for("onnxruntime", model, recipe, run, repository, facts)
+    if torchscript is not None:
+        export_for("pytorch", model, recipe, run, torchscript, {**facts, "name": f"{card.name}-torchscript"})
+    return card
+
+
+def export_for(
+    backend: Literal["onnxruntime", "pytorch"],
+    model: Model,
+    recipe: Recipe,
+    run: dict[str, Any],
+    repository: Path,
+    facts: dict[str, Any],
+) -> Card:
+    """One model as files of one kind."""
     name = facts["name"]
     folders = {"encoder": f"{name}-encoder", "denoiser": name, "decoder": f"{name}-decoder"}
+    write, file_name = (export_graph, GRAPH) if backend == "onnxruntime" else (export_torchscript, TORCHSCRIPT)
     with tempfile.TemporaryDirectory() as draft:
-        files = {part: Path(draft) / f"{part}.onnx" for part in folders}
+        files = {part: Path(draft) / part / file_name for part in folders}
         for part, file in files.items():
-            export_graph(part, module_of(model, part), examples(model, 2, 96, 128, 0)[part], file)
+            write(part, module_of(model, part), examples(model, 2, 96, 128, 0)[part], file)
             verify(part, model, file)
         digests = {folders[part]: sha256(file) for part, file in files.items()}
         card = describe(model, recipe, run, facts, folders, digests)
         for part, file in files.items():
             install(file, repository / folders[part])
-    write_configs(repository, model.config, folders, card)
+    write_configs(repository, model.config, folders, card, backend)
     return card
 
 
@@ -164,7 +213,7 @@ def install(graph: Path, folder: Path) -> None:
     """The graph as version 1 and only version of the model at `folder`."""
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "1").mkdir(parents=True)
-    shutil.move(graph, folder / "1" / "model.onnx")
+    shutil.move(graph, folder / "1" / graph.name)
 
 
 def describe(
@@ -196,15 +245,26 @@ def describe(
     return Card.model_validate({**facts, **known, "training": training})
 
 
-def write_configs(repository: Path, config: Config, folders: dict[str, str], card: Card) -> None:
+def write_configs(
+    repository: Path,
+    config: Config,
+    folders: dict[str, str],
+    card: Card,
+    backend: Literal["onnxruntime", "pytorch"] = "onnxruntime",
+) -> None:
     task, timestep = Tensor("task", (), "INT64"), Tensor("timestep", (), "INT64")
     pictures = [Tensor("image", (3, -1, -1)), Tensor("prompt", (3, -1, -1)), task]
-    seen = [Tensor("context", (config.width, -1, -1)), Tensor("detail", (config.detail_channels, -1, -1))]
-    latent = Tensor("latent", (config.latent_channels, -1, -1))
-    prediction = Tensor("prediction", (config.latent_channels, -1, -1))
-    write_config(repository, folders["encoder"], pictures, seen, MAX_BATCH)
-    write_config(repository, folders["denoiser"], [latent, timestep, task, *seen], [prediction], MAX_BATCH, card)
-    write_config(repository, folders["decoder"], [latent], [Tensor("picture", (4, -1, -1))], MAX_BATCH)
+    context = Tensor("context", (config.width, -1, -1), cell=2 * BLOCK)
+    detail = Tensor("detail", (config.detail_channels, -1, -1), cell=BLOCK)
+    latent, prediction = (Tensor(n, (config.latent_channels, -1, -1), cell=BLOCK) for n in ("latent", "prediction"))
+    picture = Tensor("picture", (4, -1, -1))
+    largest = max(task.defaults.processing_resolution for task in card.tasks.values())
+    write = partial(
+        write_config, repository, max_batch_size=MAX_BATCH, backend=backend, warm_up_px=largest or WARM_UP_PX
+    )
+    write(folders["encoder"], pictures, [context, detail])
+    write(folders["denoiser"], [latent, timestep, task, context, detail], [prediction], card=card)
+    write(folders["decoder"], [latent], [picture])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -215,10 +275,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--facts", type=Path, required=True, help="JSON: name, summary, licence, tasks, training data, quality"
     )
+    parser.add_argument(
+        "--torchscript",
+        type=Path,
+        metavar="REPOSITORY",
+        help="also write the model there as <name>-torchscript, for Triton's backend pytorch",
+    )
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)  # and not the exporter's hundreds of lines
-    card = export(args.checkpoint, Recipe.read(args.recipe), args.repository, json.loads(args.facts.read_text()))
+    facts = json.loads(args.facts.read_text())
+    card = export(args.checkpoint, Recipe.read(args.recipe), args.repository, facts, torchscript=args.torchscript)
     log.info("%s: %.1f M parameters, digest %s", card.name, card.parameters / 1e6, card.digest[:12])
 
 

@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from saccade.repository import Repository
 from saccade.schedule import NoiseSchedule
-from saccade.tasks import FlowCoding
+from training import weights
 from training.data import Batch, Scenes
+from training.losses import denoising_error, see
 from training.models.codec import DCTCodec
-from training.models.perceiver import TASKS, Config, Denoiser, Encoder, Motion
+from training.models.perceiver import TASKS, Config, Model
 
 log = logging.getLogger(__name__)
 
@@ -47,12 +48,20 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything a run depends on but the shards."""
+    """Everything a run depends on but the shards.
+
+    `start`: a model repository whose weights the run begins with; what is new in the network begins as it always does.
+    `shift`: how much the draw of timesteps leans to the noisy ones. `own_weight`, `own_l1`: of the encoder's own
+    estimate, which is compared pixel by pixel (L1) or latent by latent (squares). `unroll`: share of the samples whose
+    noisy latent is made of the model's own answer from pure noise in place of the truth, as it will be when serving.
+    """
 
     scenes: str
     stages: tuple[Stage, ...]
+    start: str = ""
     real: tuple[str, ...] = ()
     real_share: float = 0.1
+    in_front: float = 0.25
     seed: int = 0
     schedule: str = "cosine"
     zero_terminal_snr: bool = True
@@ -62,6 +71,8 @@ class Recipe:
     weight_decay: float = 0.02
     task_weights: dict[str, float] = field(default_factory=lambda: {"depth": 1.5, "flow": 4.0, "amodal": 0.6})
     own_weight: float = 1.0
+    own_l1: bool = True
+    unroll: float = 0.5
     matching_weight: float = 1.0
     bf16: bool = True
     checkpoint_s: float = 240
@@ -95,15 +106,11 @@ class Recipe:
         return sum(stage.steps for stage in self.stages)
 
 
-class Model(nn.Module):
-    """Encoder and denoiser, trained together; the codec is fixed."""
-
-    def __init__(self, config: Config, schedule: NoiseSchedule) -> None:
-        super().__init__()
-        self.config = config
-        self.encoder = Encoder(config)
-        self.denoiser = Denoiser(config, torch.tensor(schedule.alphas_cumprod))
-        self.codec = DCTCodec()
+def begin(model: Model, repository: Repository) -> None:
+    """Give the model the weights of an exported one."""
+    card = repository.card(repository.default())
+    weights.read(repository.graph(card.encoder), model.encoder, partial=True)
+    weights.read(repository.graph(card.name), model.denoiser, partial=True)
 
 
 def measure_latent_std(scenes: Scenes, codec: DCTCodec, size: tuple[int, int] = (128, 128)) -> tuple[float, ...]:
@@ -112,85 +119,11 @@ def measure_latent_std(scenes: Scenes, codec: DCTCodec, size: tuple[int, int] = 
     return tuple(torch.cat(latents).pow(2).mean((0, 2, 3)).sqrt().clamp(min=0.03).tolist())
 
 
-def timesteps(count: int, shift: float, generator: torch.Generator) -> Tensor:
-    """Stratified draws of 0 .. 999, [count] int64, more of them noisy.
-
-    u -> shift u / (1 + (shift - 1) u) (Esser et al. 2403.03206, eq. 23).
-    """
-    u = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-    t = shift * u / (1 + (shift - 1) * u)
-    return (t * 1000).long().clamp(max=999)[torch.randperm(count, generator=generator)]
-
-
-def loss_of(
-    model: Model, batches: dict[str, Batch], recipe: Recipe, stage: Stage, step: int
-) -> tuple[Tensor, dict[str, float]]:
-    """The step's loss and its parts: the denoiser's by task, the encoder's own estimate, the matcher."""
-    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-    contexts, details, latents, weights = [], [], [], []
-    own, matching = torch.zeros(()), torch.zeros(())
-    for task, batch in batches.items():
-        target, weight = torch.from_numpy(batch.target), torch.from_numpy(batch.weight) * recipe.task_weights[task]
-        pictures = (torch.from_numpy(p) for p in (batch.image, batch.prompt))
-        image, prompt = (p.contiguous(memory_format=torch.channels_last) for p in pictures)
-        context, detail, motion = model.encoder.of_task(image, prompt, task)
-        latent = model.codec.encode(target)
-        estimate = detail[:, model.config.detail :].float()
-        own = own + (((estimate - latent) ** 2).sum(1) * weight).mean() / len(batches)
-        if motion is not None:
-            matching = matching_loss(motion, target[:, :2], max(image.shape[-2:]))
-        contexts.append(context)
-        details.append(detail)
-        latents.append(latent)
-        weights.append(weight)
-    n = stage.draws
-    z0, c, d, w = (torch.cat(parts).repeat_interleave(n, 0) for parts in (latents, contexts, details, weights))
-    y = torch.tensor([TASKS.index(task) for task in batches]).repeat_interleave(stage.per_task * n)
-    t = torch.cat([timesteps(stage.per_task * n, recipe.shift, generator) for _ in batches])
-    abar = torch.tensor(recipe.noise.alphas_cumprod).float()[t][:, None, None, None]
-    noise = torch.randn(z0.shape, generator=generator)
-    v = abar.sqrt() * noise - (1 - abar).sqrt() * z0
-    predicted = model.denoiser(abar.sqrt() * z0 + (1 - abar).sqrt() * noise, t, y, c, d)
-    error = ((predicted.float() - v) ** 2).sum(1) * w
-    losses = {task: float(error[y == TASKS.index(task)].detach().mean()) for task in batches}
-    losses |= {"own": float(own.detach()), "matching": float(matching.detach())}
-    return error.mean() + recipe.own_weight * own + recipe.matching_weight * matching, losses
-
-
-def matching_loss(motion: Motion, coded: Tensor, longer_edge: int) -> Tensor:
-    """What the matcher should have found: the true places' likelihood, and L1 of the local reading."""
-    far = unlikelihood(motion.log_match, flow_in_cells(coded, longer_edge))
-    near = (motion.coded.float() - F.avg_pool2d(coded, 4)).abs().mean()
-    return 0.2 * far + near
-
-
-def flow_in_cells(coded: Tensor, longer_edge: int) -> Tensor:
-    """Coded flow [B, 2, H, W] -> displacement [B, 2, H/8, W/8] in eighth-cells."""
-    cells, coding = F.avg_pool2d(coded, 8), FlowCoding()
-    share = torch.expm1(cells.abs() * np.log1p(coding.reach / coding.knee)) * coding.knee
-    return cells.sign() * share * longer_edge / 8
-
-
-def unlikelihood(log_match: Tensor, flow: Tensor) -> Tensor:
-    """Mean negative log-probability [B, N, N] of where cells went by flow [B, 2, h, w]; the four cells around a place
-    share it bilinearly, and cells that leave the picture do not count."""
-    height, width = flow.shape[-2:]
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    to_x, to_y = (x + flow[:, 0]).flatten(1), (y + flow[:, 1]).flatten(1)
-    stays = (to_x >= 0) & (to_x <= width - 1) & (to_y >= 0) & (to_y <= height - 1)
-    total = torch.zeros_like(to_x)
-    for dx, dy in ((0, 0), (1, 0), (0, 1), (1, 1)):
-        at_x, at_y = (to_x.floor() + dx).clamp(0, width - 1), (to_y.floor() + dy).clamp(0, height - 1)
-        share = (1 - (to_x - at_x).abs()).clamp(min=0) * (1 - (to_y - at_y).abs()).clamp(min=0)
-        total = total + share * log_match.gather(2, (at_y * width + at_x).long()[..., None])[..., 0]
-    return -(total * stays).sum() / stays.sum().clamp(min=1)
-
-
 class Run:
     """A training run in a folder: checkpoint.pt, log.jsonl."""
 
-    def __init__(self, recipe: Recipe, out: Path) -> None:
-        self.recipe, self.out = recipe, out
+    def __init__(self, recipe: Recipe, out: Path, device: str = "cpu") -> None:
+        self.recipe, self.out, self.device = recipe, out, torch.device(device)
         out.mkdir(parents=True, exist_ok=True)
         self.scenes = self.open_scenes()
         torch.manual_seed(recipe.seed)
@@ -198,7 +131,11 @@ class Run:
         std = state["latent_std"] if state else measure_latent_std(self.scenes, DCTCodec())
         config = Config(latent_channels=len(std), latent_std=tuple(std), **recipe.model)
         self.model, self.average = Model(config, recipe.noise), Model(config, recipe.noise)
+        if recipe.start and not state:
+            begin(self.model, Repository(Path(recipe.start)))
         self.average.load_state_dict(self.model.state_dict())
+        for model in (self.model, self.average):
+            model.to(self.device)
         self.model.encoder.to(memory_format=torch.channels_last)
         decayed = [p for p in self.model.parameters() if p.ndim >= 2]
         rest = [p for p in self.model.parameters() if p.ndim < 2]
@@ -210,11 +147,13 @@ class Run:
 
     def open_scenes(self) -> Scenes:
         recipe = self.recipe
-        return Scenes(Path(recipe.scenes), tuple(Path(p) for p in recipe.real), recipe.real_share, recipe.seed)
+        return Scenes(
+            Path(recipe.scenes), tuple(Path(p) for p in recipe.real), recipe.real_share, recipe.seed, recipe.in_front
+        )
 
     def load(self) -> dict[str, Any] | None:
         path = self.out / "checkpoint.pt"
-        return torch.load(path, weights_only=True) if path.exists() else None
+        return torch.load(path, weights_only=True, map_location=self.device) if path.exists() else None
 
     def resume(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
@@ -264,8 +203,8 @@ class Run:
         _, lr = self.recipe.at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.bf16):
-            loss, losses = loss_of(self.model, batches, self.recipe, stage, self.step)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bf16):
+            loss, losses = self.loss(stage, batches)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {self.step}")
         self.optimizer.zero_grad(set_to_none=True)
@@ -282,6 +221,16 @@ class Run:
         self.samples += stage.per_task * len(batches)
         return losses
 
+    def loss(self, stage: Stage, batches: dict[str, Batch]) -> tuple[Tensor, dict[str, float]]:
+        """The step's loss and its parts: the denoiser's by task, the encoder's own estimate, the matcher."""
+        recipe = self.recipe
+        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.step)
+        seen = see(self.model, batches, recipe.task_weights, recipe.own_l1)
+        error, y = denoising_error(self.model, recipe.noise, seen, stage.draws, recipe.shift, recipe.unroll, generator)
+        losses = {task: float(error[y == TASKS.index(task)].detach().mean()) for task in batches}
+        losses |= {"own": float(seen.own.detach()), "matching": float(seen.matching.detach())}
+        return error.mean() + recipe.own_weight * seen.own + recipe.matching_weight * seen.matching, losses
+
     def report(self, losses: dict[str, float]) -> None:
         row = {"step": self.step, "samples": self.samples, "seconds": round(self.seconds, 1), **losses}
         with (self.out / "log.jsonl").open("a") as file:
@@ -295,11 +244,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/default"))
     parser.add_argument("--threads", type=int, default=0, help="0: every core this process may use")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
     recipe = Recipe.read(args.config)
-    run = Run(recipe, args.out)
+    run = Run(recipe, args.out, args.device)
     (args.out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1))
     run.train()
 

@@ -9,7 +9,8 @@ that checkpoints are chosen without the evaluation pictures.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -33,14 +34,17 @@ def write_depth(out: Path, name: str, picture: np.ndarray, depth: np.ndarray, kn
 
 
 def generated(out: Path, shards: Path, count: int) -> None:
-    """Up to `count` items of each task from the shards' first scenes."""
+    """The first `count` scenes of each kind, as items of every task that they have a truth for."""
     for kind in ("solid", "layered"):
-        shard = next(iter(sorted(shards.glob(f"{kind}-*"))), None)
-        if shard is None:
-            continue
+        for number, scene in enumerate(islice(_scenes(shards, kind), count)):
+            write_scene(out, f"{kind}_{number:03d}", scene)
+
+
+def _scenes(shards: Path, kind: str) -> Iterator[dict[str, np.ndarray]]:
+    for shard in sorted(shards.glob(f"{kind}-*")):
         fields = {file.stem: np.load(file, mmap_mode="r", allow_pickle=False) for file in shard.glob("*.npy")}
-        for row in range(min(count, len(fields["first"]))):
-            write_scene(out, f"{kind}_{row:03d}", {name: np.asarray(values[row]) for name, values in fields.items()})
+        for row in range(len(fields["first"])):
+            yield {name: np.asarray(values[row]) for name, values in fields.items()}
 
 
 def write_scene(out: Path, name: str, scene: dict[str, np.ndarray]) -> None:

@@ -6,6 +6,7 @@ So the shipped ONNX files are also the checkpoint to fine-tune from, and no seco
 from __future__ import annotations
 
 import base64
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+log = logging.getLogger(__name__)
 TRANSPOSED = "^T"
 LEFTOVER = "weight:"
 
@@ -37,8 +39,8 @@ def name_initializers(graph: onnx.ModelProto, state: dict[str, Tensor]) -> None:
         _rename(graph.graph, initializer.name, key + suffix)
 
 
-def read(file: Path, module: nn.Module) -> None:
-    """Load a graph's weights into the module that it was exported from.
+def read(file: Path, module: nn.Module, partial: bool = False) -> None:
+    """Load a graph's weights into the module that it was exported from; `partial` leaves as it is what the graph lacks.
 
     Raises ValueError, naming the weight, for one that is missing or of another shape.
     """
@@ -53,6 +55,9 @@ def read(file: Path, module: nn.Module) -> None:
             value = found[key + TRANSPOSED].T
         elif LEFTOVER + key in kept:
             value = _shaped(np.frombuffer(kept[LEFTOVER + key], np.float32), own)
+        elif partial:
+            log.info("%s holds no weight %s", file.parent.parent.name, key)
+            value = own.numpy()
         else:
             raise ValueError(f"{file.name} holds no weight {key}: export it with training.export")
         if _squeezed(value.shape) != _squeezed(own.shape):

@@ -13,7 +13,7 @@ import pytest
 
 from saccade.tasks import FlowCoding
 from tests.training.conftest import SIZE
-from training.data import OPEN_FILES, Batch, Crop, Scenes, read_real
+from training.data import OPEN_FILES, Batch, Crop, Scenes, put_in_front, read_real
 
 TASKS = ("depth", "flow", "amodal")
 
@@ -219,3 +219,38 @@ def test_hundreds_of_shards_need_few_open_files(shards: Path, tmp_path: Path) ->
     for step in range(5):
         for task in TASKS:
             assert scenes.batch(step, task, 24, (SIZE, SIZE)).image.any()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_an_object_put_in_front_hides_only_what_is_farther(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    picture, known = np.zeros((48, 64, 3), np.uint8), np.ones((48, 64), bool)
+    depth = np.tile(np.linspace(1, 9, 64, dtype=np.float32), (48, 1))
+    known[:, :8] = False
+    before = depth.copy()
+    mask = np.zeros((32, 32), bool)
+    mask[4:30, 10:22] = True
+    put_in_front(picture, depth, known, np.full((32, 32, 3), 200, np.uint8), mask, rng)
+    changed = depth != before
+    np.testing.assert_array_equal(changed, picture.any(-1))
+    assert (depth[changed] < before[changed]).all()
+    assert np.ptp(depth[changed]) == 0 if changed.any() else True
+    assert not changed[~known].any()
+
+
+def test_crops_around_an_object_hold_it_and_are_hardly_stretched() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        top, left = rng.integers(0, 60), rng.integers(0, 80)
+        mask = np.zeros((120, 160), bool)
+        mask[top : top + rng.integers(8, 40), left : left + rng.integers(8, 40)] = True
+        size = [(64, 64), (96, 64), (64, 96)][rng.integers(3)]
+        crop = Crop.around(mask, rng, size)
+        assert crop.top >= 0
+        assert crop.left >= 0
+        assert crop.top + crop.height <= 120
+        assert crop.left + crop.width <= 160
+        inside = mask[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+        assert inside.sum() == mask.sum()
+        full = crop.height == 120 or crop.width == 160
+        assert full or 0.97 < crop.width / crop.height / (size[1] / size[0]) < 1.03

@@ -196,7 +196,7 @@ def test_the_second_frame_of_a_solid_world_fetched_along_the_flow_is_the_first(v
     rng: Any = Noiseless(11)
     atlas = raycast.Atlas.of(vivid, rng)
     followed, ignored = [], []
-    for _ in range(12):
+    for _ in range(18):
         world = worlds.random_world(atlas, rng, 96)
         scene = raycast.cast(world, atlas, rng, 96)
         seen = still_seen(world, atlas, scene.flow)

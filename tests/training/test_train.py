@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 
+from saccade.tasks import FlowCoding
 from tests.training.conftest import TINY
-from training import train
+from training import losses, train
 from training.data import Batch
+from training.losses import timesteps
 from training.models.perceiver import Motion
-from training.train import Recipe, Run, Stage, timesteps
+from training.train import Recipe, Run, Stage
 
 ROOT = Path(__file__).parents[2]
 
@@ -146,7 +148,7 @@ def test_a_bad_gradient_stops_the_run_before_the_weights(run: Run) -> None:
     assert same(run.model.state_dict(), before)
 
 
-def test_what_weighs_nothing_does_not_matter(run: Run, recipe: Recipe) -> None:
+def test_what_weighs_nothing_does_not_matter(run: Run) -> None:
     """At the start, where the denoiser answers cell by cell."""
     stage, batches = run.draw(0)
     depth = batches["depth"]
@@ -155,11 +157,32 @@ def test_what_weighs_nothing_does_not_matter(run: Run, recipe: Recipe) -> None:
     target[:, :, :16] += 0.5
     other = batches | {"depth": Batch(depth.image, depth.prompt, target, depth.weight)}
     with torch.no_grad():
-        one, two = (train.loss_of(run.model, b, recipe, stage, 0)[0] for b in (batches, other))
+        one, two = (run.loss(stage, b)[0] for b in (batches, other))
         depth.weight[:] = 1
-        three = train.loss_of(run.model, other, recipe, stage, 0)[0]
+        three = run.loss(stage, other)[0]
     torch.testing.assert_close(one, two, rtol=1e-5, atol=0)
     assert abs(three - two) > 0.01
+
+
+def test_unrolled_rows_are_asked_for_the_truth_whatever_their_latent_says(run: Run) -> None:
+    """A model that knows the truth has no error on either kind of row; one that answers it to v's question has."""
+    stage, batches = run.draw(0)
+    seen = losses.see(run.model, batches, run.recipe.task_weights, own_l1=True)
+    schedule, truth = run.recipe.noise, seen.latent.repeat_interleave(stage.draws, 0)
+    signal = torch.tensor(schedule.alphas_cumprod).float()
+
+    def knowing(latent: torch.Tensor, t: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        a2 = signal[t][:, None, None, None]
+        rows = truth if len(latent) == len(truth) else torch.zeros_like(latent)  # from noise it believes in nothing
+        return (a2.sqrt() * latent - rows) / (1 - a2).sqrt()
+
+    class Oracle(torch.nn.Module):
+        denoiser = staticmethod(knowing)
+
+    for unroll in (0.0, 1.0):
+        draw = torch.Generator().manual_seed(0)
+        error, _ = losses.denoising_error(Oracle(), schedule, seen, stage.draws, 2.5, unroll, draw)  # type: ignore[arg-type]
+        assert error.mean() < 1e-3 * (truth.square().sum(1) * seen.weight.repeat_interleave(stage.draws, 0)).mean()
 
 
 def test_the_average_follows_the_weights(run: Run) -> None:
@@ -174,14 +197,14 @@ def test_the_average_follows_the_weights(run: Run) -> None:
 def test_a_matcher_that_is_right_costs_nothing() -> None:
     """On 4 x 4 cells everything goes one cell right and one up; what leaves the picture does not count."""
     flow = np.stack([np.full((32, 32), 8.0), np.full((32, 32), -8.0)])
-    coded = torch.from_numpy(train.FlowCoding().encode(flow, 32))[None]
+    coded = torch.from_numpy(FlowCoding().encode(flow, 32))[None]
     went = np.arange(16) - 4 + 1
     certain = torch.full((1, 16, 16), -50.0)
     certain[0, np.arange(16), np.clip(went, 0, 15)] = 0
     right = Motion(certain, coded[..., ::4, ::4])
-    assert train.matching_loss(right, coded, 32) < 1e-4
-    assert train.matching_loss(Motion(certain.roll(1, 2), right.coded), coded, 32) > 5
-    assert train.matching_loss(Motion(certain, -right.coded), coded, 32) > 0.5
+    assert losses.matching_loss(right, coded, 32) < 1e-4
+    assert losses.matching_loss(Motion(certain.roll(1, 2), right.coded), coded, 32) > 5
+    assert losses.matching_loss(Motion(certain, -right.coded), coded, 32) > 0.5
 
 
 def test_a_report_is_a_row_of_the_log(run: Run) -> None:

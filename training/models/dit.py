@@ -183,13 +183,13 @@ def unpatchify(tokens: Tensor, height: int, width: int, patch: int) -> Tensor:
 def sincos_positions(width: int, height: int, across: int, span: float) -> Tensor:
     """Fixed 2-D sinusoids [height * across, width]; the longer edge runs over [0, span), so that any size is an
     interpolation of the one trained on. Columns first, as in MAE's and DiT's code."""
-    rows, columns = torch.arange(height).double(), torch.arange(across).double()
+    rows, columns = torch.arange(height).float(), torch.arange(across).float()
     step = span / (torch.maximum(rows[-1], columns[-1]) + 1)  # of tensors, so that exported graphs keep any size
-    bands = 1 / 10000 ** (torch.arange(width // 4).double() / (width // 4))
+    bands = (1 / 10000 ** (torch.arange(width // 4).double() / (width // 4))).float()
 
     def waves(positions: Tensor) -> Tensor:
         angles = (positions * step)[:, None] * bands
-        return torch.cat([angles.sin(), angles.cos()], -1).float()
+        return torch.cat([angles.sin(), angles.cos()], -1)
 
     x = waves(columns)[None].expand(height, across, -1)
     y = waves(rows)[:, None].expand(height, across, -1)

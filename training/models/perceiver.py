@@ -3,15 +3,16 @@
     encoder(image, prompt, task)               -> context [B, D, H/16, W/16], detail [B, 32 + C, H/8, W/8]
     denoiser(latent, timestep, task, context, detail) -> v [B, C, H/8, W/8]
 
-The encoder looks at both pictures with one convolutional stem. For flow it matches the two frames' features, first
-globally (a softmax over all places, as in GMFlow, Xu et al. 2111.13680), then locally around that guess (a small cost
-volume, as in PWC-Net, Sun et al. 1709.02371). For amodal the mask joins directly. Attention blocks finish the job.
-The encoder's own estimate of the latent rides in `detail`: trained directly, it teaches the encoder to see without the
-noise in between, and the denoiser starts from it.
+The encoder looks at both pictures with one convolutional stem. For flow it matches the two frames' features globally
+(a softmax over all places, as in GMFlow, Xu et al. 2111.13680), lets `correspond` track pixels from that guess, and
+compares features once more around where that leads (a small cost volume, as in PWC-Net, Sun et al. 1709.02371). For
+amodal the mask joins directly. Attention blocks finish the job. The encoder's own estimate of the latent rides in
+`detail`: trained directly, it teaches the encoder to see without the noise in between, and the denoiser starts from it.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from saccade.schedule import NoiseSchedule
+from saccade.tasks import FlowCoding
+from training.models.codec import DCTCodec
+from training.models.correspond import Correspondence, correspond, resized, warp
 from training.models.dit import (
     Attention,
     DiTBlock,
@@ -37,7 +42,8 @@ POSITION_SPAN = 16.0
 
 @dataclass(frozen=True)
 class Config:
-    """`latent_std`: standard deviation of each latent channel over the training targets (sets the preconditioning)."""
+    """`latent_std`: standard deviation of each latent channel over the training targets (sets the preconditioning).
+    `track` False leaves out what `correspond` sees (for comparison)."""
 
     latent_channels: int
     width: int = 192
@@ -46,6 +52,7 @@ class Config:
     encoder_depth: int = 4
     detail: int = 32
     stem: tuple[int, int] = (64, 96)
+    track: bool = True
     latent_std: tuple[float, ...] = ()
 
     @property
@@ -106,12 +113,15 @@ class Motion(NamedTuple):
 
 
 class Matcher(nn.Module):
-    """Two frames' features -> motion features [B, eighth, H/8, W/8], and what training asks of it (`Motion`)."""
+    """Two frames -> motion features [B, eighth, H/8, W/8], the tracker's cues [B, CUES, H/8, W/8] and what training
+    asks of it (`Motion`)."""
 
     STILL, MOVED = 3, 2  # radii of the cost volumes around no motion and around the guess, in quarter-cells
+    CUES = 64  # 4 x 4 half-pixels of coded motion, trust and mismatch
 
-    def __init__(self, quarter: int, eighth: int, width: int = 64, fine: int = 24) -> None:
+    def __init__(self, quarter: int, eighth: int, track: bool, width: int = 64, fine: int = 24) -> None:
         super().__init__()
+        self.track = track
         self.key = nn.Conv2d(eighth, width, 1)
         self.key_fine = nn.Conv2d(quarter, fine, 1)
         self.temperature = nn.Parameter(torch.tensor(2.5))
@@ -120,47 +130,72 @@ class Matcher(nn.Module):
         self.local = nn.Conv2d(costs + 2 * fine, 64, 3, padding=1)
         self.down = nn.Conv2d(64, eighth, 2, stride=2)
         self.join = nn.Conv2d(eighth + 3, eighth, 1)
+        self.tracked = nn.Conv2d(self.CUES, eighth, 1)
         self.read = nn.Conv2d(64, 2, 3, padding=1)
+        nn.init.zeros_(self.tracked.weight)
+        nn.init.zeros_(self.tracked.bias)
 
-    def forward(self, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Motion]:
+    def forward(
+        self, pictures: tuple[Tensor, Tensor], first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Motion]:
         log_match = self.everywhere(first[1], second[1])
         guess, confidence = expected_motion(log_match.exp(), *first[1].shape[-2:])
-        near = F.gelu(self.around(self.key_fine(first[0]), self.key_fine(second[0]), guess))
-        hint = torch.cat([self.down(near), guess / 4, confidence], 1)
-        return self.join(hint), Motion(log_match, self.read(near))
+        found = correspond(*pictures, guess)
+        motion = resized(found.motion, 0.5) if self.track else resized(guess, 2)
+        near = F.gelu(self.around(self.key_fine(first[0]), self.key_fine(second[0]), motion), approximate="tanh")
+        hint = self.join(torch.cat([self.down(near), guess / 4, confidence], 1))
+        cues = cues_of(found) * float(self.track)
+        return hint + self.tracked(cues), cues, Motion(log_match, self.read(near))
 
     def everywhere(self, first: Tensor, second: Tensor) -> Tensor:
         """Every cell of the first frame against every cell of the second: log-probabilities [B, N, N]. Near cells are
         likelier before anything is seen, so that what looks the same everywhere stays where it is."""
         one, two = (directions(self.key(x)).flatten(2) for x in (first, second))
         alike = (one.transpose(1, 2) @ two).float() * self.temperature.exp()
-        return (alike - self.nearness.exp() * distances(*first.shape[-2:])).log_softmax(-1)
+        return (alike - self.nearness.exp() * distances(first)).log_softmax(-1)
 
-    def around(self, first: Tensor, second: Tensor, guess: Tensor) -> Tensor:
-        """Cost volumes around the guess and around no motion, with the features themselves, [B, 64, H/4, W/4]."""
+    def around(self, first: Tensor, second: Tensor, motion: Tensor) -> Tensor:
+        """Cost volumes around the motion [B, 2, H/4, W/4] and around none, with the features: [B, 64, H/4, W/4]."""
         one, two = directions(first), directions(second)
-        warped = warp(two, guess)
+        warped = warp(two, motion)
         costs = [*cost_volume(one, warped, self.MOVED), one, warped, *cost_volume(one, two, self.STILL)]
         return self.local(torch.cat(costs, 1))
 
 
-def places(height: int, width: int) -> Tensor:
-    """Column and row of every cell, [N, 2] float32."""
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+def cues_of(found: Correspondence) -> Tensor:
+    """What the tracker found, motion in the flow's target code, folded to [B, 64, H/8, W/8]."""
+    coding = FlowCoding()
+    share = found.motion.abs() / longer_edge(found.motion)
+    coded = found.motion.sign() * torch.log1p(share / coding.knee) / math.log1p(coding.reach / coding.knee)
+    return F.pixel_unshuffle(torch.cat([coded, found.trust, found.mismatch.clamp(max=4) / 4], 1), 4)
+
+
+def places(cells: Tensor) -> Tensor:
+    """Column and row of every cell of [..., h, w], [N, 2] float32."""
+    height, width = cells.shape[-2:]
+    y, x = torch.meshgrid(
+        torch.arange(height, device=cells.device), torch.arange(width, device=cells.device), indexing="ij"
+    )
     return torch.stack([x.flatten(), y.flatten()], -1).float()
 
 
-def distances(height: int, width: int) -> Tensor:
-    """Between all cells, [N, N], as a share of the longer edge."""
-    at = places(height, width)
-    apart = (at[:, None] - at[None]).pow(2).sum(-1).sqrt()
-    return apart / (torch.maximum(at[-1, 0], at[-1, 1]) + 1)
+def distances(cells: Tensor) -> Tensor:
+    """Between all cells of [..., h, w], [N, N], as a share of the longer edge."""
+    at = places(cells)
+    return (at[:, None] - at[None]).pow(2).sum(-1).sqrt() / longer_edge(cells)
+
+
+def longer_edge(cells: Tensor) -> Tensor:
+    """Of [..., h, w], as a tensor, so that exported graphs keep any size."""
+    last = places(cells)[-1]
+    return torch.maximum(last[0], last[1]) + 1
 
 
 def expected_motion(match: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Probabilities [B, N, N] -> expected place minus own place [B, 2, h, w] in cells, and the peak [B, 1, h, w]."""
-    at = places(height, width)
-    guess = (match @ at - at).transpose(1, 2).reshape(-1, 2, height, width)
+    at = places(match.new_empty(height, width))
+    mean = torch.stack([(match * at[:, axis]).sum(-1) for axis in (0, 1)], -1)  # not a product that bf16 may round
+    guess = (mean - at).transpose(1, 2).reshape(-1, 2, height, width)
     return guess, match.amax(-1).reshape(-1, 1, height, width)
 
 
@@ -169,17 +204,6 @@ def directions(features: Tensor) -> Tensor:
     length 1 at every place."""
     features = features.float()
     return F.normalize(features - features.mean((2, 3), keepdim=True), dim=1)
-
-
-def warp(features: Tensor, cells: Tensor) -> Tensor:
-    """[B, C, h, w] looked up where motions [B, 2, h/2, w/2], in cells of twice the size, lead."""
-    height, width = features.shape[-2:]
-    motion = F.interpolate(cells, size=(height, width), mode="bilinear", align_corners=False) * 2
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    at_x = (x + motion[:, 0] + 0.5) / width * 2 - 1
-    at_y = (y + motion[:, 1] + 0.5) / height * 2 - 1
-    grid = torch.stack([at_x, at_y], -1)
-    return F.grid_sample(features, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def cost_volume(first: Tensor, second: Tensor, radius: int) -> list[Tensor]:
@@ -199,7 +223,7 @@ class Encoder(nn.Module):
         super().__init__()
         quarter, eighth = config.stem
         self.stem = Stem(quarter, eighth)
-        self.matcher = Matcher(quarter, eighth)
+        self.matcher = Matcher(quarter, eighth, config.track)
         self.mask = nn.Conv2d(64, eighth, 1)
         self.label = LabelEmbedder(len(TASKS), eighth)
         self.fused = nn.Sequential(ResBlock(eighth), ResBlock(eighth))
@@ -210,32 +234,33 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
         self.first = nn.Linear(config.width, 4 * config.latent_channels)
         self.first_fine = nn.Conv2d(eighth, config.latent_channels, 1)
-        for head in (self.first, self.first_fine):
+        self.first_tracked = nn.Conv2d(Matcher.CUES, config.latent_channels, 1, bias=False)
+        for head in (self.first, self.first_fine, self.first_tracked):
             nn.init.zeros_(head.weight)
 
     def forward(self, image: Tensor, prompt: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
         """A batch of mixed tasks: every hint is computed, each sample keeps its own."""
         seen = self.stem(image)
-        moved, _ = self.matcher(seen, self.stem(prompt))
-        hint = moved * (task == 1)[:, None, None, None] + self.shape(prompt) * (task == 2)[:, None, None, None]
-        return self.think(seen[1], hint, task)
+        moved, cues, _ = self.matcher((image, prompt), seen, self.stem(prompt))
+        flow, amodal = ((task == TASKS.index(name))[:, None, None, None] for name in ("flow", "amodal"))
+        return self.think(seen[1], moved * flow + self.shape(prompt) * amodal, cues * flow, task)
 
     def of_task(self, image: Tensor, prompt: Tensor, task: str) -> tuple[Tensor, Tensor, Motion | None]:
         """A batch of one task, without the other tasks' work; for flow also what the matcher found. For training."""
         seen = self.stem(image)
-        hint, motion = torch.zeros_like(seen[1]), None
+        hint, motion, cues = torch.zeros_like(seen[1]), None, None
         if task == "flow":
-            hint, motion = self.matcher(seen, self.stem(prompt))
+            hint, cues, motion = self.matcher((image, prompt), seen, self.stem(prompt))
         elif task == "amodal":
             hint = self.shape(prompt)
         labels = torch.full(image.shape[:1], TASKS.index(task), device=image.device)
-        return *self.think(seen[1], hint, labels), motion
+        return *self.think(seen[1], hint, cues, labels), motion
 
     def shape(self, prompt: Tensor) -> Tensor:
         """The mask, lossless, to [B, eighth, H/8, W/8]."""
         return self.mask(F.pixel_unshuffle(prompt[:, :1], 8))
 
-    def think(self, seen: Tensor, hint: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
+    def think(self, seen: Tensor, hint: Tensor, cues: Tensor | None, task: Tensor) -> tuple[Tensor, Tensor]:
         fused = self.fused(seen + hint + self.label(task)[:, :, None, None])
         deep = self.deep(self.down(fused))
         height, width = deep.shape[-2:]
@@ -245,6 +270,8 @@ class Encoder(nn.Module):
             tokens = block(tokens)
         tokens = self.norm(tokens)
         first = unpatchify(self.first(tokens), height, width, 2) + self.first_fine(fused)
+        if cues is not None:
+            first = first + self.first_tracked(cues)
         context = tokens.transpose(1, 2).reshape(-1, tokens.shape[-1], height, width)
         return context, torch.cat([self.detail(fused), first], 1)
 
@@ -284,12 +311,9 @@ class Denoiser(nn.Module):
         self.y_embedder = LabelEmbedder(len(TASKS), size.width)
         self.blocks = nn.ModuleList(DiTBlock(size.width, size.heads) for _ in range(size.depth))
         self.final_layer = FinalLayer(size.width, self.PATCH, config.latent_channels)
-        a2 = alphas_cumprod.double()[:, None]
-        s2 = torch.tensor(config.latent_std).double()[None] ** 2
-        spread = a2 * s2 + 1 - a2
-        skip, gain = (a2 * (1 - a2)).sqrt() * (1 - s2) / spread, (s2 / spread).sqrt()
-        self.register_buffer("skip", skip.float())
-        self.register_buffer("gain", gain.float())
+        self.register_buffer("signal", alphas_cumprod.float())
+        self.register_buffer("noise", (1 - alphas_cumprod.double()).float())
+        self.register_buffer("spread", torch.tensor(config.latent_std).float().square())
 
     def forward(self, latent: Tensor, timestep: Tensor, task: Tensor, context: Tensor, detail: Tensor) -> Tensor:
         height, width = context.shape[-2:]
@@ -300,4 +324,23 @@ class Denoiser(nn.Module):
         for block in self.blocks:
             tokens = block(tokens, c)
         rest = unpatchify(self.final_layer(tokens, c), height, width, self.PATCH)
-        return self.skip[timestep][..., None, None] * latent + self.gain[timestep][..., None, None] * rest
+        skip, gain = self.linear_part(timestep)
+        return skip * latent + gain * rest
+
+    def linear_part(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """skip and gain at timesteps [B], [B, C, 1, 1] each."""
+        a2, b2 = (values[timestep][:, None, None, None] for values in (self.signal, self.noise))
+        s2 = self.spread[:, None, None]
+        total = a2 * s2 + b2
+        return (a2 * b2).sqrt() * (1 - s2) / total, (s2 / total).sqrt()
+
+
+class Model(nn.Module):
+    """Encoder and denoiser, trained together; the codec is fixed."""
+
+    def __init__(self, config: Config, schedule: NoiseSchedule) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.denoiser = Denoiser(config, torch.tensor(schedule.alphas_cumprod))
+        self.codec = DCTCodec()

@@ -299,9 +299,11 @@ def _sky_sheet(atlas: Atlas, rng: Rng) -> Tensor:
 
 def _world(b: Builder, camera: Camera, rng: Rng, light: Light, sky: Tensor | None, far: float) -> World:
     """Add the second moment: the camera goes a little way, and some things move on their own."""
-    solids = b.solids()
+    solids, groups = b.solids(), torch.tensor(b.groups)
+    free = (groups == 0) | ~_inside(solids, camera.centre, margin=0.15)  # nothing that stands about holds the eye
+    solids, groups = Solids(*(getattr(solids, f)[free] for f in solids.__dataclass_fields__)), groups[free]
     pace = float(np.exp(rng.normal(-3.6, 0.7)))
-    moved = _move(solids, torch.tensor(b.groups), camera, rng, pace)
+    moved = _move(solids, groups, camera, rng, pace)
     haze = float(np.exp(rng.uniform(np.log(60), np.log(2000)))) if sky is not None else 1e6
     return World(solids, moved, (camera, _step(solids, moved, camera, rng, pace)), light, sky, haze, far)
 
@@ -329,7 +331,7 @@ def _step(solids: Solids, moved: Solids, camera: Camera, rng: Rng, pace: float) 
     return Camera(camera.pose @ turn, camera.centre, camera.focal_px)
 
 
-def _inside(solids: Solids, point: Tensor) -> Tensor:
-    """Which solids' boxes hold the point, give or take 5 cm, [P] bool."""
+def _inside(solids: Solids, point: Tensor, margin: float = 0.05) -> Tensor:
+    """Which solids' boxes, `margin` metres wider, hold the point, [P] bool."""
     local = torch.einsum("pj,pjk->pk", point - solids.centre, solids.pose)
-    return (local.abs() < solids.half + 0.05).all(-1)
+    return (local.abs() < solids.half + margin).all(-1)
