@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 class Readiness:
     """`check` is None where the model answers, else what is wrong, in words for the caller.
 
-    A result holds `ttl_s`. Within that time a batch that the backend finished (`prove`) counts as a success: it passed
-    the same checks as a probe's. So a full queue neither starves readiness nor is made longer by it, and a backend that
-    has stopped moving is found out by the next probe. Concurrent checks share one probe.
+    A result holds `ttl_s`. Within that time a picture that the backend decoded (`prove`) counts as a success: all that
+    went before passed the same checks as a probe's. So a full queue neither starves readiness nor is made longer by it,
+    and a backend that has stopped moving is found out by the next probe. Concurrent checks share one probe.
     """
 
     def __init__(self, pipeline: Pipeline, ttl_s: float, clock: Callable[[], float] = time.monotonic) -> None:

@@ -371,7 +371,10 @@ class Endpoints:
     async def _resolve_for_ever(self) -> None:
         while True:
             await asyncio.sleep(RESOLVE_EVERY_S)
-            await self.resolve()
+            try:
+                await self.resolve()
+            except Exception:  # as with watches: what there was goes on
+                log.exception("the names of Triton's endpoints could not be looked up")
 
 
 async def _addresses(url: str) -> list[str] | None:

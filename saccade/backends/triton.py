@@ -90,14 +90,14 @@ class Signature:
         for output, raw in zip(response.outputs, response.raw_output_contents, strict=False):
             if output.name in known:
                 name, wire = known[output.name]
-                value = self._array(output, raw)
-                results[name] = value if wire.dims is None else value.reshape(len(value), *wire.port.dims[1:])
+                results[name] = self._array(wire, output, raw)
         return results
 
-    def _array(self, output: Any, raw: bytes) -> NDArray[Any]:
+    def _array(self, wire: Wire, output: Any, raw: bytes) -> NDArray[Any]:
         types = {there: here for here, there in _WIRE.items()}
         try:
-            return np.frombuffer(raw, types[output.datatype]).reshape(tuple(output.shape))
+            value = np.frombuffer(raw, types[output.datatype]).reshape(tuple(output.shape))
+            return value if wire.dims is None else value.reshape(len(value), *wire.port.dims[1:])
         except (KeyError, ValueError) as error:
             told = f"{len(raw)} bytes as {output.datatype} {list(output.shape)}"
             raise ModelError(f"{self.model} produced {output.name} of {told}") from error
