@@ -177,6 +177,7 @@ def test_unrolled_rows_are_asked_for_the_truth_whatever_their_latent_says(run: R
         return (a2.sqrt() * latent - rows) / (1 - a2).sqrt()
 
     class Oracle(torch.nn.Module):
+        codec = run.model.codec
         denoiser = staticmethod(knowing)
 
     for unroll in (0.0, 1.0):
