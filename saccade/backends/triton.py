@@ -141,18 +141,19 @@ class Triton(Graphs):
             check_name(model)
         endpoints = Endpoints(urls)
 
-        async def attempt(endpoint: Endpoint) -> Self:
+        async def attempt(endpoint: Endpoint) -> tuple[Self, Endpoint]:
             card, signatures = await _read(endpoint, model or await _sole(endpoint, timeout_s), timeout_s)
             made = cls(endpoints, card, signatures, timeout_s=timeout_s)
             await made._probe(endpoint)
-            endpoints.trust(endpoint)
-            return made
+            return made, endpoint
 
+        made: Self
         try:
-            made: Self = await _first([attempt(endpoint) for endpoint in await endpoints.resolve()])
+            made, first = await _first([attempt(endpoint) for endpoint in await endpoints.resolve()])
         except BaseException:
             await endpoints.aclose()
             raise
+        endpoints.trust(first)  # the others have yet to show that they serve the same
         endpoints.start(made._examine)
         return made
 
