@@ -196,10 +196,12 @@ class TritonServer:
         self._process.send_signal(signal.SIGTERM)
 
     def freeze(self) -> None:
-        self._signal(signal.SIGSTOP)
+        """The server alone: models' processes that slept with it may be taken for dead when it wakes, by a Python
+        backend that stands in for one without processes."""
+        self._process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        self._signal(signal.SIGCONT)
+        self._process.send_signal(signal.SIGCONT)
 
     def close(self) -> None:
         if self.popen is not None:
