@@ -160,8 +160,8 @@ class Endpoints:
     """Every address behind `urls` ("host:port"), each watched by a task of its own once `start` was given a way to
     `examine` whether one can serve: by raising Fault or ModelError if not.
 
-    An endpoint that is up is asked every second whether it is ready; two silences are an end, and its calls are given
-    up. One that is not up is examined until it is.
+    An endpoint that is up is asked every second whether it is there; two silences, while it answers nothing else, are
+    an end, and its calls are given up. One that is not up is examined until it is.
     """
 
     def __init__(self, urls: Collection[str], clock: Callable[[], float] = time.monotonic) -> None:
