@@ -36,6 +36,15 @@ def row(panels: list[Image.Image]) -> Image.Image:
     return out
 
 
+def column(rows: list[Image.Image]) -> Image.Image:
+    sheet = Image.new("RGB", (max(r.width for r in rows), sum(r.height + MARGIN for r in rows)), "white")
+    top = 0
+    for r in rows:
+        sheet.paste(r, (0, top))
+        top += r.height + MARGIN
+    return sheet
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repository", type=Path)
@@ -55,12 +64,7 @@ def main() -> None:
             [panel(occluded, "half hidden"), panel(mask, "its visible part"), panel(shown, "amodal: the model's whole")]
         ),
     ]
-    sheet = Image.new("RGB", (max(r.width for r in rows), sum(r.height + MARGIN for r in rows)), "white")
-    top = 0
-    for r in rows:
-        sheet.paste(r, (0, top))
-        top += r.height + MARGIN
-    sheet.save(HERE / "images" / "overview.png", optimize=True)
+    column(rows).save(HERE / "images" / "overview.png", optimize=True)
 
 
 if __name__ == "__main__":

@@ -24,22 +24,34 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class DepthCoding:
-    """Affine-invariant linear depth: the 2% and 98% quantiles go to -1 and 1 (FACTS: the paper's config)."""
+    """Affine-invariant depth: the 2% and 98% quantiles go to -1 and 1 (the paper's configuration).
+
+    Linear in between, or with a `knee` logarithmic: with x the share of the way from near to far, the code runs as
+    log(1 + x / knee), so that near things keep their relative precision where the far ones are very far.
+    """
 
     low: float = 0.02
     high: float = 0.98
+    knee: float | None = None
 
     def encode(self, depth: Array, valid: NDArray[np.bool_] | None = None) -> Array:
-        """Depth [H, W] (any unit, larger is farther) -> [H, W] in about [-1, 1]; a constant map becomes zeros."""
+        """Depth [H, W] (any unit, larger is farther) -> [H, W] in about [-1, 1], the quantiles being those of the
+        `valid` pixels; a constant map becomes zeros."""
         seen = depth if valid is None else depth[valid]
         near, far = np.quantile(seen, [self.low, self.high])
         span = max(float(far - near), 1e-6 * max(abs(float(far)), 1e-6))
-        coded: Array = np.clip((depth - near) / span * 2 - 1, -1.25, 1.25).astype(np.float32)
+        way = (depth - near) / span
+        if self.knee is not None:
+            way = np.sign(way) * np.log1p(np.abs(way) / self.knee) / np.log1p(1 / self.knee)
+        coded: Array = np.clip(way * 2 - 1, -1.25, 1.25).astype(np.float32)
         return coded
 
     def decode(self, plane: Array) -> Array:
         """[..., H, W] coded -> affine depth with 0 at the near quantile and 1 at the far one (not clipped)."""
-        return ((plane + 1) / 2).astype(np.float32)
+        way = (plane + 1) / 2
+        if self.knee is not None:
+            way = np.sign(way) * np.expm1(np.abs(way) * np.log1p(1 / self.knee)) * self.knee
+        return np.asarray(way, np.float32)
 
 
 @dataclass(frozen=True)

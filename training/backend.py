@@ -5,12 +5,19 @@ What it answers goes through `saccade.pipeline`, so only the engine differs from
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
+from typing import Unpack
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from saccade.backends import Array, Conditioning, Labels, Ticket
+from saccade.calls import Choices
 from saccade.card import Card
+from saccade.formats import read_mask, read_picture
+from saccade.pipeline import Answer, Inputs, Options, Pipeline
 from saccade.repository import Repository
 from saccade.schedule import NoiseSchedule
 from training import weights
@@ -48,6 +55,28 @@ class TorchBackend:
 
     async def aclose(self) -> None:
         """Nothing to let go of."""
+
+
+class Eager:
+    """Asks a backend of this kind the three questions, each to its end: a `training.evaluate.Seer`."""
+
+    def __init__(self, backend: TorchBackend) -> None:
+        self.pipeline = Pipeline(backend)
+
+    def depth(self, image: Path, /, **choices: Unpack[Choices]) -> Answer:
+        return self._ask(Inputs("depth", read_picture(image.read_bytes())), choices)
+
+    def flow(self, image: Path, next_image: Path, /, **choices: Unpack[Choices]) -> Answer:
+        frames = (read_picture(file.read_bytes()) for file in (image, next_image))
+        return self._ask(Inputs("flow", *frames), choices)
+
+    def amodal(self, image: Path, mask: Path, /, **choices: Unpack[Choices]) -> Answer:
+        pixels = read_picture(image.read_bytes())
+        return self._ask(Inputs("amodal", pixels, mask=read_mask(mask.read_bytes())), choices)
+
+    def _ask(self, inputs: Inputs, choices: Choices) -> Answer:
+        options = Options(**choices).resolve(self.pipeline.card, inputs.task)
+        return asyncio.run(self.pipeline(inputs, options))
 
 
 def blank(card: Card, schedule: NoiseSchedule) -> Model:

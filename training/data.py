@@ -47,7 +47,13 @@ class Scenes:
     which `real_share` of the depth samples are drawn; into `in_front` of them a cut-out is put."""
 
     def __init__(
-        self, folder: Path, real: tuple[Path, ...] = (), real_share: float = 0.0, seed: int = 0, in_front: float = 0.0
+        self,
+        folder: Path,
+        real: tuple[Path, ...] = (),
+        real_share: float = 0.0,
+        seed: int = 0,
+        in_front: float = 0.0,
+        coding: DepthCoding | None = None,
     ) -> None:
         self.solid = sorted(folder.glob("solid-*"))
         self.layered = sorted(folder.glob("layered-*"))
@@ -55,7 +61,7 @@ class Scenes:
             raise FileNotFoundError(f"{folder} needs shards of both kinds: run python -m training.scenes.make")
         self.real = [p for root in real for p in _depth_files(root)]
         self.real_share = real_share if self.real else 0.0
-        self.seed, self.in_front = seed, in_front
+        self.seed, self.in_front, self.coding = seed, in_front, coding or DepthCoding()
 
     def batch(self, step: int, task: str, count: int, size: tuple[int, int]) -> Batch:
         """`count` samples of `task` at (H, W)."""
@@ -72,19 +78,21 @@ class Scenes:
     def depth(self, rng: np.random.Generator, size: tuple[int, int]) -> Sample:
         if rng.random() < self.real_share:
             picture, depth, known = read_real(self.real[rng.integers(len(self.real))])
+            solid = known
         else:
             scene = _pick(self.solid, rng, ("first", "depth"))
             picture, depth = scene["first"], scene["depth"].astype(np.float32)
-            known = np.ones(depth.shape, bool)
+            known, solid = np.ones(depth.shape, bool), depth < depth.max()  # the sky is where depth was clipped
         crop = Crop.random(rng, picture.shape[:2], size, least=0.4)
-        picture, depth, known = crop.picture(picture), crop.nearest(depth), crop.nearest(known.astype(np.uint8)) > 0
+        picture, depth = crop.picture(picture), crop.nearest(depth)
+        known, solid = (crop.nearest(mask.astype(np.uint8)) > 0 for mask in (known, solid))
         if rng.random() < self.in_front:
             scene = _pick(self.layered, rng, ("whole_rgb", "whole"))
             put_in_front(picture, depth, known, scene["whole_rgb"], scene["whole"], rng)
         picture = _colours(picture, rng)
-        if known.mean() < 0.2:
+        if (known & solid).mean() < 0.2:
             return self.depth(rng, size)
-        coded = DepthCoding().encode(np.where(known, depth, np.median(depth[known])), known)
+        coded = self.coding.encode(np.where(known, depth, np.median(depth[known])), known & solid)
         return _sample(picture, np.full_like(picture, 127.5), [coded], known)
 
     def flow(self, rng: np.random.Generator, size: tuple[int, int]) -> Sample:

@@ -18,13 +18,14 @@ from training.models.perceiver import TASKS, Model, Motion
 
 class Seen(NamedTuple):
     """The rows of a step, after the encoder: `latent` [B, C, h, w] is the truth, `weight` [B, h, w] counts its cells,
-    `y` [B] the task; `own` and `matching` are losses."""
+    `y` [B] the task, `estimate` [B, C, h, w] the encoder's own, without gradient; `own` and `matching` are losses."""
 
     context: Tensor
     detail: Tensor
     latent: Tensor
     weight: Tensor
     y: Tensor
+    estimate: Tensor
     own: Tensor
     matching: Tensor
 
@@ -43,11 +44,12 @@ def see(model: Model, batches: dict[str, Batch], task_weights: dict[str, float],
         weight = weight * task_weights[task]
         with torch.autocast(device.type, enabled=False):  # targets are exact
             latent = model.codec.encode(target)
-        own = own + own_loss(model, detail[:, model.config.detail :].float(), latent, target, weight, own_l1)
+        estimate = detail[:, model.config.detail :].float()
+        own = own + own_loss(model, estimate, latent, target, weight, own_l1)
         if motion is not None:
             matching = matching_loss(motion, target[:, :2], max(image.shape[-2:]))
         label = torch.full(image.shape[:1], TASKS.index(task), device=device)
-        rows.append((context, detail, latent, weight, label))
+        rows.append((context, detail, latent, weight, label, estimate.detach()))
     return Seen(*(torch.cat(parts) for parts in zip(*rows, strict=True)), own / len(batches), matching)
 
 

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from saccade.repository import Repository
 from saccade.schedule import NoiseSchedule
+from saccade.tasks import DepthCoding
 from training import weights
 from training.data import Batch, Scenes
-from training.losses import denoising_error, see
+from training.losses import Seen, denoising_error, see
 from training.models.codec import DCTCodec
 from training.models.perceiver import TASKS, Config, Model
 
@@ -35,15 +36,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Stage:
-    """`steps` steps on pictures of one of `sizes` (H, W), `per_task` samples of each task a step, `draws` noise levels
-    a sample; the learning rate falls from `lr` to `lr_end` along a cosine."""
+    """`steps` steps on pictures of one of `sizes` (H, W), `per_task` samples of each task a step (one number for all or
+    one for each), `draws` noise levels a sample; the learning rate falls from `lr` to `lr_end` along a cosine."""
 
     steps: int
     sizes: tuple[tuple[int, int], ...]
-    per_task: int
+    per_task: int | dict[str, int]
     lr: float
     lr_end: float
     draws: int = 2
+
+    def samples(self, task: str) -> int:
+        return self.per_task[task] if isinstance(self.per_task, dict) else self.per_task
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Recipe:
     `shift`: how much the draw of timesteps leans to the noisy ones. `own_weight`, `own_l1`: of the encoder's own
     estimate, which is compared pixel by pixel (L1) or latent by latent (squares). `unroll`: share of the samples whose
     noisy latent is made of the model's own answer from pure noise in place of the truth, as it will be when serving.
+    `depth_knee`: of the depth code (`saccade.tasks.DepthCoding`; 0: linear); the card must say the same.
     """
 
     scenes: str
@@ -74,13 +79,19 @@ class Recipe:
     own_l1: bool = True
     unroll: float = 0.5
     matching_weight: float = 1.0
+    depth_knee: float = 0.2
     bf16: bool = True
     checkpoint_s: float = 240
     model: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> Recipe:
-        raw = tomllib.loads(path.read_text())
+        return cls.from_table(tomllib.loads(path.read_text()))
+
+    @classmethod
+    def from_table(cls, raw: dict[str, Any]) -> Recipe:
+        """What TOML holds. Raises TypeError for a name that no recipe has."""
+        raw = dict(raw)
         stages = tuple(Stage(**{**s, "sizes": tuple(tuple(x) for x in s["sizes"])}) for s in raw.pop("stages"))
         return cls(stages=stages, **{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
 
@@ -147,9 +158,8 @@ class Run:
 
     def open_scenes(self) -> Scenes:
         recipe = self.recipe
-        return Scenes(
-            Path(recipe.scenes), tuple(Path(p) for p in recipe.real), recipe.real_share, recipe.seed, recipe.in_front
-        )
+        real, coding = tuple(Path(p) for p in recipe.real), DepthCoding(knee=recipe.depth_knee or None)
+        return Scenes(Path(recipe.scenes), real, recipe.real_share, recipe.seed, recipe.in_front, coding)
 
     def load(self) -> dict[str, Any] | None:
         path = self.out / "checkpoint.pt"
@@ -180,7 +190,7 @@ class Run:
     def draw(self, step: int) -> tuple[Stage, dict[str, Batch]]:
         stage, _ = self.recipe.at(step)
         size = stage.sizes[int(np.random.default_rng([self.recipe.seed, step]).integers(len(stage.sizes)))]
-        return stage, {task: self.scenes.batch(step, task, stage.per_task, size) for task in TASKS}
+        return stage, {task: self.scenes.batch(step, task, stage.samples(task), size) for task in TASKS}
 
     def train(self) -> None:
         saved = time.monotonic()
@@ -204,7 +214,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bf16):
-            loss, losses = self.loss(stage, batches)
+            loss, losses, seen = self.loss(stage, batches)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} at step {self.step}")
         self.optimizer.zero_grad(set_to_none=True)
@@ -213,23 +223,25 @@ class Run:
         if not torch.isfinite(length):
             raise FloatingPointError(f"the gradient's length is {length} at step {self.step}")
         self.optimizer.step()
+        self.model.denoiser.learn_doubt(seen.estimate - seen.latent, seen.weight, seen.y)
         decay = min(self.recipe.ema, (self.step + 1) / (self.step + 10))
         with torch.no_grad():
             mine, theirs = list(self.average.parameters()), list(self.model.parameters())
             torch._foreach_lerp_(mine, theirs, 1 - decay)
+            self.average.denoiser.doubt.copy_(self.model.denoiser.doubt)
         self.step += 1
-        self.samples += stage.per_task * len(batches)
+        self.samples += sum(stage.samples(task) for task in batches)
         return losses
 
-    def loss(self, stage: Stage, batches: dict[str, Batch]) -> tuple[Tensor, dict[str, float]]:
-        """The step's loss and its parts: the denoiser's by task, the encoder's own estimate, the matcher."""
+    def loss(self, stage: Stage, batches: dict[str, Batch]) -> tuple[Tensor, dict[str, float], Seen]:
+        """The step's loss, its parts (the denoiser's by task, the encoder's own estimate, the matcher) and its rows."""
         recipe = self.recipe
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.step)
         seen = see(self.model, batches, recipe.task_weights, recipe.own_l1)
         error, y = denoising_error(self.model, recipe.noise, seen, stage.draws, recipe.shift, recipe.unroll, generator)
         losses = {task: float(error[y == TASKS.index(task)].detach().mean()) for task in batches}
         losses |= {"own": float(seen.own.detach()), "matching": float(seen.matching.detach())}
-        return error.mean() + recipe.own_weight * seen.own + recipe.matching_weight * seen.matching, losses
+        return error.mean() + recipe.own_weight * seen.own + recipe.matching_weight * seen.matching, losses, seen
 
     def report(self, losses: dict[str, float]) -> None:
         row = {"step": self.step, "samples": self.samples, "seconds": round(self.seconds, 1), **losses}

@@ -25,6 +25,27 @@ def test_depth_is_scaled_by_what_is_known_and_clipped() -> None:
     np.testing.assert_allclose(coded[1:], DepthCoding().encode(depth[1:]))
 
 
+@given(st.floats(0.02, 5), st.floats(-0.1, 1.1))
+def test_depth_survives_its_logarithmic_code(knee: float, way: float) -> None:
+    """Quantiles stay -1 and 1, order stays, and decoding gives the way from near to far back."""
+    depth = np.append(np.linspace(2, 10, 1001, dtype=np.float32), np.float32(2 + 8 * way))[None]
+    near, far = np.quantile(depth, [0.02, 0.98])
+    coding = DepthCoding(knee=knee)
+    coded = coding.encode(depth)
+    assert (np.diff(coded[0, :-1]) >= 0).all()
+    kept = np.abs(coded) < 1.25
+    np.testing.assert_allclose(coding.decode(coded)[kept], ((depth - near) / (far - near))[kept], atol=1e-4)
+    np.testing.assert_allclose(coding.encode(depth), coding.encode(3 * depth + 7), atol=1e-4)
+
+
+def test_a_knee_keeps_near_things_apart_and_a_wide_one_is_linear() -> None:
+    road = np.geomspace(4, 120, 500, dtype=np.float32)[None]
+    near = road < 12
+    linear, folded = DepthCoding().encode(road), DepthCoding(knee=0.1).encode(road)
+    assert np.ptp(folded[near]) > 2 * np.ptp(linear[near])
+    np.testing.assert_allclose(DepthCoding(knee=1e4).encode(road), linear, atol=1e-3)
+
+
 @pytest.mark.parametrize("value", [0.0, 1e-3, 1e6])
 def test_a_constant_depth_is_finite(value: float) -> None:
     assert np.isfinite(DepthCoding().encode(np.full((4, 5), value, np.float32))).all()

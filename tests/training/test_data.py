@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shutil
 from collections.abc import Iterator
 from dataclasses import astuple
 from pathlib import Path
@@ -11,9 +12,10 @@ import cv2
 import numpy as np
 import pytest
 
-from saccade.tasks import FlowCoding
+from saccade.tasks import DepthCoding, FlowCoding
 from tests.training.conftest import SIZE
 from training.data import OPEN_FILES, Batch, Crop, Scenes, put_in_front, read_real
+from training.train import Stage
 
 TASKS = ("depth", "flow", "amodal")
 
@@ -254,3 +256,25 @@ def test_crops_around_an_object_hold_it_and_are_hardly_stretched() -> None:
         assert inside.sum() == mask.sum()
         full = crop.height == 120 or crop.width == 160
         assert full or 0.97 < crop.width / crop.height / (size[1] / size[0]) < 1.03
+
+
+def test_the_sky_leaves_the_range_to_what_stands_on_the_ground(shards: Path, tmp_path: Path) -> None:
+    """Where depth was clipped there is no depth: it is coded as beyond everything, and does not squeeze the rest."""
+    folder = shutil.copytree(shards, tmp_path / "shards")
+    file = next(folder.glob("solid-*")) / "depth.npy"
+    depth = np.load(file)
+    height = depth.shape[1]
+    depth[:] = np.linspace(20, 4, height)[:, None].astype(depth.dtype)
+    depth[:, : height // 4] = 120
+    np.save(file, depth)
+    target = Scenes(folder, coding=DepthCoding()).batch(0, "depth", 4, (48, 48)).target[:, 0]
+    sky = target >= 1.25
+    assert sky.any(axis=(1, 2)).any()
+    ground = [rows[~above] for rows, above in zip(target, sky, strict=True)]
+    assert all(np.ptp(values) > 1.8 for values in ground)
+
+
+def test_tasks_may_have_numbers_of_their_own() -> None:
+    stage = Stage(1, ((32, 32),), {"depth": 3, "flow": 2, "amodal": 1}, 1e-3, 1e-3)
+    assert [stage.samples(task) for task in ("depth", "flow", "amodal")] == [3, 2, 1]
+    assert Stage(1, ((32, 32),), 5, 1e-3, 1e-3).samples("flow") == 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -203,22 +204,58 @@ def test_a_matcher_that_knows_its_cells_finds_where_they_went() -> None:
 
 
 @torch.no_grad()
-def test_a_fresh_denoiser_makes_the_best_linear_guess(config: Config, alphas: torch.Tensor) -> None:
-    """On simulated Gaussian data: no line through the data does better, and what it leaves over has the gain's size."""
-    fresh = Denoiser(config, alphas)
+@pytest.mark.parametrize("centred", [True, False])
+def test_a_fresh_denoiser_makes_the_best_linear_guess(config: Config, alphas: torch.Tensor, centred: bool) -> None:
+    """On simulated Gaussian data around the encoder's estimate (or around none): no line through the data does better,
+    and what it leaves over has the gain's size."""
+    fresh = Denoiser(replace(config, centred=centred), alphas)
     rng = np.random.default_rng(0)
-    z0, eps = rng.normal(size=(2, 26, 20_000))
-    z0 *= np.array(config.latent_std)[:, None]
+    around = 0.7 if centred else 0.0
+    x, eps = rng.normal(size=(2, 26, 20_000))
+    x = x * np.array(config.latent_std)[:, None] + around
     context, detail = noise(1, config.width, 2, 2), noise(1, config.detail_channels, 4, 4)
-    latent = noise(1, 26, 4, 4)
+    detail[:, config.detail :] = 0.7
+    task = torch.tensor([1])
+
+    def answer(value: float, t: int) -> np.ndarray:
+        latent = torch.full((1, 26, 4, 4), value)
+        return fresh(latent, torch.tensor([t]), task, context, detail)[0, :, 0, :1].double().numpy()
+
     for t in (0, 250, 700, 950, 999):
-        answer = fresh(latent, torch.tensor([t]), torch.tensor([1]), context, detail)
-        slope = (answer / latent)[0].flatten(1).double().numpy()
-        np.testing.assert_allclose(slope, slope[:, :1].repeat(16, 1), rtol=1e-4, atol=1e-6)
         a, b = np.sqrt(alphas[t].item()), np.sqrt(1 - alphas[t].item())
-        z, v = a * z0 + b * eps, a * eps - b * z0
-        best = (v * z).mean(1, keepdims=True) / (z * z).mean(1, keepdims=True)
-        left, least = (((v - k * z) ** 2).mean(1) for k in (slope[:, :1], best))
-        assert (left < 1.001 * least).all()
-        gain = fresh.linear_part(torch.tensor([t]))[1].flatten()
+        z, v = a * x + b * eps, a * eps - b * x
+        offset, slope = answer(0.0, t), answer(1.0, t) - answer(0.0, t)
+        at = z - z.mean(1, keepdims=True)
+        best = (v * at).mean(1, keepdims=True) / (at * at).mean(1, keepdims=True)
+        left = ((v - offset - slope * z) ** 2).mean(1)
+        least = ((v - v.mean(1, keepdims=True) - best * at) ** 2).mean(1)
+        assert (left < 1.002 * least).all()
+        gain = fresh.linear_part(torch.tensor([t]), task)[1].flatten()
         np.testing.assert_allclose(gain.numpy(), np.sqrt(left), rtol=0.03)
+
+
+@torch.no_grad()
+def test_doubt_follows_the_errors_of_its_task_where_the_truth_is_known(config: Config, alphas: torch.Tensor) -> None:
+    fresh = Denoiser(config, alphas)
+    before = fresh.doubt.clone()
+    weight = torch.zeros(2, 3, 3)
+    weight[:, :2] = 1.5
+    error = torch.where(weight[:, None] > 0, 0.2, 100.0).expand(2, 26, 3, 3)
+    for _ in range(2000):
+        fresh.learn_doubt(error, weight, torch.full((2,), TASKS.index("flow")))
+    torch.testing.assert_close(fresh.doubt[1], torch.full((26,), 0.04), atol=1e-4, rtol=1e-3)
+    assert torch.equal(fresh.doubt[[0, 2]], before[[0, 2]])
+
+
+@torch.no_grad()
+def test_a_fresh_fusion_changes_nothing_yet(config: Config) -> None:
+    """So that a run may begin with the weights of a network that had none."""
+    torch.manual_seed(0)
+    without = shaken(Encoder(replace(config, fuse=False)))
+    with_one = Encoder(config)
+    missing = with_one.load_state_dict(without.state_dict(), strict=False).missing_keys
+    assert missing
+    assert all(key.startswith("fusion.") for key in missing)
+    pictures = noise(3, 3, 32, 48).tanh(), noise(3, 3, 32, 48, seed=1).tanh()
+    for mine, theirs in zip(with_one(*pictures, torch.arange(3)), without(*pictures, torch.arange(3)), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)

@@ -43,16 +43,19 @@ POSITION_SPAN = 16.0
 @dataclass(frozen=True)
 class Config:
     """`latent_std`: standard deviation of each latent channel over the training targets (sets the preconditioning).
-    `track` False leaves out what `correspond` sees (for comparison)."""
+    For comparison: `track` False leaves out what `correspond` sees; `fuse` False reads the estimate off tokens and
+    eighth-cells apart; `centred` False has the denoiser start from nothing instead of the encoder's estimate."""
 
     latent_channels: int
     width: int = 192
     heads: int = 6
-    depth: int = 6
-    encoder_depth: int = 4
+    depth: int = 4
+    encoder_depth: int = 5
     detail: int = 32
     stem: tuple[int, int] = (64, 96)
     track: bool = True
+    fuse: bool = True
+    centred: bool = True
     latent_std: tuple[float, ...] = ()
 
     @property
@@ -83,6 +86,8 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
         self.attn, self.mlp = Attention(width, heads), Mlp(width)
+        for last in (self.attn.proj, self.mlp.fc2):  # a new block changes nothing yet
+            nn.init.zeros_(last.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
@@ -216,6 +221,31 @@ def cost_volume(first: Tensor, second: Tensor, radius: int) -> list[Tensor]:
     ]
 
 
+class Fusion(nn.Module):
+    """What the tokens know, brought to where the edges are: [B, D, H/16, W/16] with eighth- and quarter-cells ->
+    eighth-cells [B, E, H/8, W/8] and a part of the estimate [B, C, H/8, W/8] read off quarter-cells."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        quarter, eighth = config.stem
+        self.to_eighth = nn.Conv2d(config.width, 4 * eighth, 1)
+        self.tracked = nn.Conv2d(Matcher.CUES, eighth, 1, bias=False)
+        self.eighth = nn.Sequential(ResBlock(eighth), ResBlock(eighth))
+        self.to_quarter = nn.Conv2d(eighth, 4 * quarter, 1)
+        self.quarter = ResBlock(quarter)
+        self.edges = nn.Conv2d(quarter, config.latent_channels, 2, stride=2)
+        for layer in (self.to_eighth, self.tracked, self.edges):  # a new fusion changes nothing yet
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
+
+    def forward(self, deep: Tensor, fused: Tensor, quarter: Tensor, cues: Tensor | None) -> tuple[Tensor, Tensor]:
+        fused = fused + F.pixel_shuffle(self.to_eighth(deep), 2)
+        if cues is not None:
+            fused = fused + self.tracked(cues)
+        fused = self.eighth(fused)
+        return fused, self.edges(self.quarter(quarter + F.pixel_shuffle(self.to_quarter(fused), 2)))
+
+
 class Encoder(nn.Module):
     """forward: image, prompt [B, 3, H, W], task [B] -> context, detail. H and W are multiples of 16."""
 
@@ -232,6 +262,7 @@ class Encoder(nn.Module):
         self.deep = ResBlock(config.width)
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.encoder_depth))
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
+        self.fusion = Fusion(config) if config.fuse else None
         self.first = nn.Linear(config.width, 4 * config.latent_channels)
         self.first_fine = nn.Conv2d(eighth, config.latent_channels, 1)
         self.first_tracked = nn.Conv2d(Matcher.CUES, config.latent_channels, 1, bias=False)
@@ -243,7 +274,7 @@ class Encoder(nn.Module):
         seen = self.stem(image)
         moved, cues, _ = self.matcher((image, prompt), seen, self.stem(prompt))
         flow, amodal = ((task == TASKS.index(name))[:, None, None, None] for name in ("flow", "amodal"))
-        return self.think(seen[1], moved * flow + self.shape(prompt) * amodal, cues * flow, task)
+        return self.think(seen, moved * flow + self.shape(prompt) * amodal, cues * flow, task)
 
     def of_task(self, image: Tensor, prompt: Tensor, task: str) -> tuple[Tensor, Tensor, Motion | None]:
         """A batch of one task, without the other tasks' work; for flow also what the matcher found. For training."""
@@ -254,14 +285,16 @@ class Encoder(nn.Module):
         elif task == "amodal":
             hint = self.shape(prompt)
         labels = torch.full(image.shape[:1], TASKS.index(task), device=image.device)
-        return *self.think(seen[1], hint, cues, labels), motion
+        return *self.think(seen, hint, cues, labels), motion
 
     def shape(self, prompt: Tensor) -> Tensor:
         """The mask, lossless, to [B, eighth, H/8, W/8]."""
         return self.mask(F.pixel_unshuffle(prompt[:, :1], 8))
 
-    def think(self, seen: Tensor, hint: Tensor, cues: Tensor | None, task: Tensor) -> tuple[Tensor, Tensor]:
-        fused = self.fused(seen + hint + self.label(task)[:, :, None, None])
+    def think(
+        self, seen: tuple[Tensor, Tensor], hint: Tensor, cues: Tensor | None, task: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        fused = self.fused(seen[1] + hint + self.label(task)[:, :, None, None])
         deep = self.deep(self.down(fused))
         height, width = deep.shape[-2:]
         tokens = deep.flatten(2).transpose(1, 2)
@@ -269,10 +302,14 @@ class Encoder(nn.Module):
         for block in self.blocks:
             tokens = block(tokens)
         tokens = self.norm(tokens)
-        first = unpatchify(self.first(tokens), height, width, 2) + self.first_fine(fused)
+        context = tokens.transpose(1, 2).reshape(-1, tokens.shape[-1], height, width)
+        first = unpatchify(self.first(tokens), height, width, 2)
+        if self.fusion is not None:
+            fused, edges = self.fusion(context, fused, seen[0], cues)
+            first = first + edges
+        first = first + self.first_fine(fused)
         if cues is not None:
             first = first + self.first_tracked(cues)
-        context = tokens.transpose(1, 2).reshape(-1, tokens.shape[-1], height, width)
         return context, torch.cat([self.detail(fused), first], 1)
 
 
@@ -292,11 +329,12 @@ class RoutedPatchEmbed(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """A DiT on patches of 2 x 2 latent cells. It predicts what a linear one cannot: v = skip * z + gain * F(z, ...).
+    """A DiT on patches of 2 x 2 latent cells. It predicts what the encoder's own estimate m and a linear rule cannot.
 
-    With data of variance s^2 per channel and z = a x + b e, the best linear estimate of v = a e - b x is
-    skip = a b (1 - s^2) / (a^2 s^2 + b^2), and the rest has deviation gain = s / sqrt(a^2 s^2 + b^2)
-    (the preconditioning of Karras et al. 2206.00364, written for v).
+    Let the data lie around m with variance s^2 per task and channel, and z = a x + b e. The best linear estimate of
+    v = a e - b x is skip (z - a m) - b m with skip = a b (1 - s^2) / (a^2 s^2 + b^2), and what is left has deviation
+    gain = s / sqrt(a^2 s^2 + b^2): v = skip (z - a m) - b m + gain F(z, ...). This is the preconditioning of Karras
+    et al. (2206.00364), written for v and moved to m. `doubt` holds s^2; training keeps it up to date.
     """
 
     PATCH = 2
@@ -305,15 +343,16 @@ class Denoiser(nn.Module):
         super().__init__()
         size = Size(config.width, config.heads, config.depth)
         channels = config.latent_channels + config.detail_channels
+        self.own = config.detail if config.centred else None
         self.x_embedder = RoutedPatchEmbed(channels, size.width, self.PATCH, len(TASKS))
         self.context = nn.Linear(size.width, size.width)
         self.t_embedder = TimestepEmbedder(size.width)
         self.y_embedder = LabelEmbedder(len(TASKS), size.width)
         self.blocks = nn.ModuleList(DiTBlock(size.width, size.heads) for _ in range(size.depth))
-        self.final_layer = FinalLayer(size.width, self.PATCH, config.latent_channels)
+        self.correction = FinalLayer(size.width, self.PATCH, config.latent_channels)
         self.register_buffer("signal", alphas_cumprod.float())
         self.register_buffer("noise", (1 - alphas_cumprod.double()).float())
-        self.register_buffer("spread", torch.tensor(config.latent_std).float().square())
+        self.register_buffer("doubt", torch.tensor(config.latent_std).float().square().repeat(len(TASKS), 1))
 
     def forward(self, latent: Tensor, timestep: Tensor, task: Tensor, context: Tensor, detail: Tensor) -> Tensor:
         height, width = context.shape[-2:]
@@ -323,16 +362,32 @@ class Denoiser(nn.Module):
         c = self.t_embedder(timestep) + self.y_embedder(task)
         for block in self.blocks:
             tokens = block(tokens, c)
-        rest = unpatchify(self.final_layer(tokens, c), height, width, self.PATCH)
-        skip, gain = self.linear_part(timestep)
-        return skip * latent + gain * rest
+        rest = unpatchify(self.correction(tokens, c), height, width, self.PATCH)
+        skip, gain = self.linear_part(timestep, task)
+        if self.own is None:
+            return skip * latent + gain * rest
+        a, b = (values[timestep].sqrt()[:, None, None, None] for values in (self.signal, self.noise))
+        own = detail[:, self.own :]
+        return skip * (latent - a * own) - b * own + gain * rest
 
-    def linear_part(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """skip and gain at timesteps [B], [B, C, 1, 1] each."""
+    def linear_part(self, timestep: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
+        """skip and gain of rows with timesteps and tasks [B], [B, C, 1, 1] each."""
         a2, b2 = (values[timestep][:, None, None, None] for values in (self.signal, self.noise))
-        s2 = self.spread[:, None, None]
+        s2 = self.doubt[task][:, :, None, None]
         total = a2 * s2 + b2
         return (a2 * b2).sqrt() * (1 - s2) / total, (s2 / total).sqrt()
+
+    @torch.no_grad()
+    def learn_doubt(self, error: Tensor, weight: Tensor, task: Tensor, rate: float = 0.01) -> None:
+        """Take note of how wrong the encoder's estimates are: `error` [B, C, h, w] counts where `weight` [B, h, w] is
+        not 0, `task` [B] says whose it is."""
+        if self.own is None:
+            return
+        counted = (weight > 0).float()[:, None]
+        for label in task.unique().tolist():
+            rows = task == label
+            square = (error[rows].square() * counted[rows]).sum((0, 2, 3)) / counted[rows].sum().clamp(min=1)
+            self.doubt[label].lerp_(square.clamp(min=1e-6), rate)
 
 
 class Model(nn.Module):
