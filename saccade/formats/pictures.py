@@ -119,7 +119,7 @@ def open_picture(data: bytes, *, max_pixels: int, param: str) -> Image.Image:
 
 def _upright_picture(data: bytes, max_pixels: int, param: str) -> Image.Image:
     picture = open_picture(data, max_pixels=max_pixels, param=param)
-    _check_proportions(*picture.size, param)
+    check_proportions(*picture.size, param)
     _unpack_as_decoded(picture)
     picture.load()
     return _upright(picture)
@@ -136,7 +136,7 @@ def _kind(data: bytes, param: str) -> str:
     raise UnsupportedPicture("Unknown file type. Send a PNG, JPEG, WebP, BMP, TIFF or GIF picture.", param=param)
 
 
-def _check_proportions(width: int, height: int, param: str) -> None:
+def check_proportions(width: int, height: int, param: str) -> None:
     if min(width, height) < MIN_SIDE:
         raise InvalidInput(f"The picture is {width} x {height} px; each side needs at least {MIN_SIDE}.", param=param)
     if max(width, height) > MAX_ASPECT * min(width, height):

@@ -76,3 +76,19 @@ def test_the_context_holds_the_mask_and_stays_in_the_picture(data: st.DataObject
     margin = round(0.75 * max(bottom - top, right - left))
     assert (y, x) == (max(0, top - margin), max(0, left - margin))
     assert (y + h, x + w) == (min(height, bottom + margin), min(width, right + margin))
+
+
+@pytest.mark.parametrize("source", [(3000, 4000), (17, 5000), (40, 60), (256, 256)])
+@pytest.mark.parametrize("box", [None, (0, 0, 2, 2), (3, 4, 10, 12), (15, 58, 2, 2)])
+def test_a_shrunk_view_is_of_the_same_part(source: tuple[int, int], box: tuple[int, int, int, int] | None) -> None:
+    fit = Fit.plan(source, 64, 16, box)
+    small = fit.shrunk(256)
+    assert max(small.source) == min(256, max(source))
+    assert (small.size, small.padded) == (fit.size, fit.padded)
+    top, left, height, width = small.box
+    assert min(height, width) >= 1
+    assert top + height <= small.source[0]
+    assert left + width <= small.source[1]
+    assert small.restore(np.zeros(fit.size, np.float32)).shape == small.source
+    factor = min(1.0, 256 / max(source))
+    assert np.allclose(small.box, np.multiply(fit.box, factor), atol=1.01)

@@ -1,0 +1,159 @@
+"""Requests that ask several questions: pictures in a row, or a video. One admission, one answer, cancelled as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from saccade import reel, sequence
+from saccade.errors import InvalidInput, PictureTooLarge
+from saccade.formats.video import Bounds, Clip, read_video
+from saccade.pipeline import Answer, Inputs
+from saccade.render import Encoded
+from saccade.sequence import Seen
+from saccade.tasks import TaskName
+from server.admission import Size, work
+from server.events import Witness
+from server.forms import VIDEO, Form, Room
+from server.options import Wanted
+from server.settings import Settings
+
+if TYPE_CHECKING:
+    from server.service import Job, Service
+
+
+@dataclass
+class Several:
+    """`rows`: name -> files of the questions; or `video`, and its frames once they are read. `steady`: one scale."""
+
+    rows: dict[str, list[bytes]]
+    video: bytes | None
+    steady: bool
+    clip: Clip | None = None
+
+
+def room(settings: Settings, task: TaskName) -> Room:
+    """What a form of this task may hold."""
+    return Room(settings.max_frames, settings.max_clip_bytes, video=task != "amodal")
+
+
+def of(form: Form, wanted: Wanted, task: TaskName) -> Several | None:
+    """What the form asks, if it asks more than one question. Raises InvalidInput for options that do not fit it."""
+    if form.video is None:
+        for name in ("frames_stride", "frames_limit"):
+            if getattr(wanted, name) is not None:
+                raise InvalidInput(f"{name} is about the frames of a video: send one as video, or drop it", param=name)
+    if form.video is None and not form.rows:
+        if wanted.steady:
+            raise InvalidInput("steady is about several pictures: send more, or a video, or drop it", param="steady")
+        return None
+    steady = form.video is not None and task == "depth" if wanted.steady is None else wanted.steady
+    if wanted.known_depths is not None and not steady:
+        told = "known_depths are of one picture: send that alone, or frames of one clip with steady=true"
+        raise InvalidInput(told, param="known_depths")
+    return Several(form.rows, form.video, steady)
+
+
+async def cost(house: Service, job: Job, several: Several, previews: int = 0) -> float:
+    """Units of work of all questions. Reads the video. Raises Problem or InvalidInput."""
+    if several.video is not None and several.clip is None:
+        house.guard.check(3 * house.settings.max_clip_pixels)  # its frames, whose number nobody knows yet
+        house.guard.check(3 * house.settings.max_clip_pixels)
+        several.clip = await house.in_thread(lambda: _read(house.settings, several, job.wanted))
+    rows = await sizes_of(house, job, several)
+    for sizes in dict.fromkeys(rows):
+        house.check_size(job, sizes[0])
+    card = job.model.card
+    total = sum(work(card, job.task, job.options, sizes, previews) for sizes in rows)
+    if several.steady:
+        how = sequence.guide(card, job.options)
+        total += sum(work(card, "flow", how, [sizes[0], sizes[0]]) for sizes in rows[1:])
+    return total
+
+
+async def sizes_of(house: Service, job: Job, several: Several) -> list[tuple[Size, ...]]:
+    """(H, W) of each question's pictures; of a video once it is read."""
+    return _sizes_of_video(job.task, several.clip) if several.clip else await _sizes(house, several, job.task)
+
+
+async def compute(house: Service, job: Job, several: Several, watch: Witness | None) -> tuple[Answer, Encoded]:
+    """All answers as one file; and the first of them, with the time that all took."""
+    asked = await house.in_thread(lambda: _questions(house, job.task, several))
+    pipeline, wanted = job.model.pipeline, job.wanted
+    seen = await sequence.ask(
+        pipeline,
+        asked,
+        job.options,
+        steadily=several.steady,
+        known=wanted.known_depths,
+        fps=several.clip.fps if several.clip else None,
+        watch=watch,
+    )
+    encoded = await house.in_thread(lambda: _encode(job, asked, seen))
+    return _summary(seen), encoded
+
+
+def frames(job: Job, several: Several) -> int:
+    """How many answers there will be; known once `cost` has been asked."""
+    count = len(several.clip.frames) if several.clip else len(several.rows["image"])
+    return count - (job.task == "flow")
+
+
+def _read(settings: Settings, several: Several, wanted: Wanted) -> Clip:
+    assert several.video is not None
+    bounds = Bounds(settings.max_frames, settings.max_pixels, settings.max_clip_pixels, settings.video_timeout_s)
+    stride = wanted.frames_stride or 1
+    return read_video(several.video, bounds=bounds, stride=stride, limit=wanted.frames_limit, param=VIDEO)
+
+
+def _sizes_of_video(task: TaskName, clip: Clip) -> list[tuple[Size, ...]]:
+    count, height, width = clip.frames.shape[:3]
+    if task == "flow" and count < 2:
+        raise InvalidInput("flow needs two frames or more, and the video has one", param=VIDEO)
+    size = (height, width)
+    return [(size, size)] * (count - 1) if task == "flow" else [(size,)] * count
+
+
+async def _sizes(house: Service, several: Several, task: TaskName) -> list[tuple[Size, ...]]:
+    """Of each question's pictures, from their headers. Raises PictureTooLarge where all together are."""
+    rows = several.rows
+
+    def read() -> list[tuple[Size, ...]]:
+        return [tuple(house.sizes(dict(zip(rows, files, strict=True)))) for files in zip(*rows.values(), strict=True)]
+
+    found = await house.in_thread(read)
+    pixels = sum(height * width for sizes in found for height, width in sizes)
+    if pixels > house.settings.max_clip_pixels:
+        raise PictureTooLarge(
+            f"The pictures hold {pixels} pixels; the limit is {house.settings.max_clip_pixels} in all. Send fewer.",
+            param="image",
+        )
+    if task == "flow":
+        return [(now[0], following[0]) for now, following in pairwise(found)]
+    return found
+
+
+def _questions(house: Service, task: TaskName, several: Several) -> list[Inputs]:
+    if several.clip is not None:
+        return sequence.questions(task, several.clip.frames)
+    rows = several.rows
+    if task == "amodal":
+        pairs = [dict(zip(rows, files, strict=True)) for files in zip(*rows.values(), strict=True)]
+        return [house.inputs(task, files) for files in pairs]
+    return sequence.questions(task, [house.inputs("depth", {"image": file}).image for file in rows["image"]])
+
+
+def _encode(job: Job, asked: Sequence[Inputs], seen: Seen) -> Encoded:
+    style, encoding = job.wanted.render, job.wanted.encoding or "png16"
+    pictures = [inputs.image for inputs in asked]
+    return reel.encode(seen, job.format, style, encoding, pictures=pictures)
+
+
+def _summary(seen: Seen) -> Answer:
+    """Phases are added up over the answers, which run beside each other; the queue is the request's own."""
+    first = seen[0]
+    names = first.timings_ms.keys() - {"queue"}
+    spent = {name: sum(answer.timings_ms[name] for answer in seen) for name in names}
+    return replace(first, timings_ms=spent | {"queue": max(answer.timings_ms["queue"] for answer in seen)})
