@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,15 @@ class Fit:
         size = (max(1, round(height * factor)), max(1, round(width * factor)))
         padded = (-(-size[0] // multiple) * multiple, -(-size[1] // multiple) * multiple)
         return cls(source, box, size, padded)
+
+    def shrunk(self, longest: int) -> Fit:
+        """The same view of the same picture, its longer edge at most `longest` pixels."""
+        factor = min(1.0, longest / max(self.source))
+        height, width = (max(1, round(edge * factor)) for edge in self.source)
+        top, left = min(round(self.box[0] * factor), height - 1), min(round(self.box[1] * factor), width - 1)
+        tall, wide = (max(1, round(edge * factor)) for edge in self.box[2:])
+        box = (top, left, min(tall, height - top), min(wide, width - left))
+        return replace(self, source=(height, width), box=box)
 
     def picture(self, rgb: NDArray[np.uint8]) -> Array:
         """[H, W, 3] uint8 -> [3, h, w] float32 in [-1, 1], padded by repeating the last row and column."""

@@ -7,24 +7,29 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from saccade import ddim, ensemble
 from saccade.backends import Array, Backend, Conditioning, Labels, Ticket
 from saccade.card import Card
 from saccade.errors import InvalidInput
-from saccade.fit import Fit, context_box
+from saccade.fit import Fit, context_box, resize
+from saccade.metres import Metres, to_metres
 from saccade.schedule import Spacing, pairs, timesteps
 from saccade.tasks import TASKS, AmodalCoding, DepthCoding, FlowCoding, TaskName
 
 Picture = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
+Phase = Literal["encode", "denoise", "decode", "ensemble"]
+GLIMPSE_PX = 256
 
 
 @dataclass(frozen=True)
@@ -115,9 +120,10 @@ class Inputs:
 class Answer:
     """What was seen.
 
-    `prediction`: depth [H, W] float32 in [0, 1], 0 nearest; flow [H, W, 2] float32 in pixels of the map's own size;
-    amodal [H, W] bool, the whole object. `uncertainty`: [H, W] float32 or None. `completed`: for amodal the whole
-    object, [H, W, 4] uint8 RGBA: the picture's own pixels where it is visible, the model's where it is hidden.
+    `prediction`: depth [H, W] float32 in [0, 1], 0 nearest, or in metres where `metres` says how; flow [H, W, 2]
+    float32 in pixels of the map's own size; amodal [H, W] bool, the whole object. `uncertainty`: [H, W] float32 or
+    None. `completed`: for amodal the whole object, [H, W, 4] uint8 RGBA: the picture's own pixels where it is visible,
+    the model's where it is hidden.
     """
 
     task: TaskName
@@ -128,14 +134,47 @@ class Answer:
     model: str
     digest: str
     timings_ms: dict[str, float] = field(default_factory=dict)
+    metres: Metres | None = None
+
+    @property
+    def units(self) -> str:
+        """Of the prediction and of its uncertainty."""
+        return TASKS[self.task].units if self.metres is None else "metres"
+
+    def in_metres(self, metres: Metres) -> Answer:
+        """A depth in [0, 1] as metres, by a fit to it."""
+        depth = to_metres(self.prediction.astype(np.float32, copy=False), metres)
+        spread = None if self.uncertainty is None else self.uncertainty * np.float32(metres.scale)
+        return replace(self, prediction=depth, uncertainty=spread, metres=metres)
+
+
+Glimpse = Callable[[], Awaitable[Answer]]
+Surround = Callable[[Phase], AbstractContextManager[object]]
+
+
+class Watch(Protocol):
+    """Hears how an answer comes about, on the event loop. Whatever it raises ends the request."""
+
+    def phase(self, name: Phase) -> None:
+        """A phase begins."""
+        ...
+
+    async def step(self, member: int, step: int, glimpse: Glimpse) -> None:
+        """`member` has taken step 1 .. steps, and goes on when this returns.
+
+        `glimpse` decodes what the member now takes for the clean answer: an Answer of it alone, its longer edge at most
+        `GLIMPSE_PX`, without uncertainty. It costs a decoding.
+        """
+        ...
 
 
 class Pipeline:
-    """Answers requests with one model. Holds no state of any request."""
+    """Answers requests with one model. Holds no state of any request. `surround` is entered around every phase."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, surround: Surround = nullcontext) -> None:
         self.backend = backend
         self.card = backend.card
+        self.surround = surround
 
     def fit(self, inputs: Inputs, options: Resolved) -> Fit:
         """Where the model looks, and at what size."""
@@ -146,9 +185,14 @@ class Pipeline:
         source = (inputs.image.shape[0], inputs.image.shape[1])
         return Fit.plan(source, options.processing_resolution, self.card.latent.multiple, box)
 
-    async def __call__(self, inputs: Inputs, options: Resolved, ticket: Ticket | None = None) -> Answer:
-        """Answer one request; cancelling withdraws its waiting steps. Raises ModelError or BackendUnavailable."""
-        run = _Run(self.backend, inputs, options, self.fit(inputs, options), ticket or Ticket())
+    async def __call__(
+        self, inputs: Inputs, options: Resolved, ticket: Ticket | None = None, watch: Watch | None = None
+    ) -> Answer:
+        """Answer one request; cancelling withdraws its waiting steps. Raises ModelError or BackendUnavailable.
+
+        The answer is the same whether or not somebody watches.
+        """
+        run = _Run(self.backend, inputs, options, self.fit(inputs, options), ticket or Ticket(), watch, self.surround)
         with run.timed("encode"):
             conditioning = await run.encode()
         with run.timed("denoise"):
@@ -179,13 +223,18 @@ class _Run:
     options: Resolved
     fit: Fit
     ticket: Ticket
+    watch: Watch | None = None
+    surround: Surround = nullcontext
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
+    def timed(self, phase: Phase) -> Iterator[None]:
         """Seconds of the phase without those spent waiting in a queue."""
+        if self.watch is not None:
+            self.watch.phase(phase)
         began, queued = time.perf_counter(), self.ticket.queue_s
-        yield
+        with self.surround(phase):
+            yield
         self.seconds[phase] = max(0.0, time.perf_counter() - began - (self.ticket.queue_s - queued))
 
     @property
@@ -215,11 +264,31 @@ class _Run:
         latent, noise = self.card.latent, self.card.noise
         shape = (latent.channels, *(edge // latent.stride for edge in self.fit.padded))
         z = ddim.noise(self.options.seed, member, shape)[None]
-        for t, t_prev in pairs(timesteps(self.options.steps, self.options.spacing, noise.timesteps)):
+        walk = pairs(timesteps(self.options.steps, self.options.spacing, noise.timesteps))
+        for taken, (t, t_prev) in enumerate(walk, 1):
             now, then = np.array([t], np.int64), np.array([t_prev], np.int64)
             output = await self.backend.denoise(z, now, self.label, conditioning, self.ticket)
+            if self.watch is not None:
+                await self.watch.step(member, taken, partial(self.glimpse, z, output, now))
             z = ddim.step(self.card.schedule, noise.prediction, z, output, now, then)
         return z
+
+    async def glimpse(self, z: Array, output: Array, t: Labels) -> Answer:
+        estimate = ddim.to_sample(z, output, self.card.schedule.abar(t), self.card.noise.prediction)
+        planes = await self.decode(estimate.astype(np.float32))
+        return await asyncio.to_thread(lambda: self.small.conclude(planes))
+
+    @cached_property
+    def small(self) -> _Run:
+        """The same request about a picture of at most `GLIMPSE_PX`."""
+        fit = self.fit.shrunk(GLIMPSE_PX)
+        height, width = fit.source
+        image = np.asarray(Image.fromarray(self.inputs.image).resize((width, height), Image.Resampling.BILINEAR))
+        mask = None if self.inputs.mask is None else resize(self.inputs.mask.astype(np.float32), fit.source) > 0
+        next_image = image if self.inputs.next_image is not None else None
+        options = replace(self.options, match_input_resolution=True, output_uncertainty=False)
+        inputs = Inputs(self.inputs.task, image, next_image, mask)
+        return _Run(self.backend, inputs, options, fit, self.ticket)
 
     async def decode(self, z: Array) -> Array:
         return await self.backend.decode(z / np.float32(self.card.latent.scale), self.ticket)

@@ -17,6 +17,8 @@ from saccade.pipeline import Options
 
 ROOT = Path(__file__).parents[2]
 PORCH = Path("saccade/cli.py")
+# OpenCV is heavy: it is in a process of its own, or in the one module that is imported when it is asked for.
+ALLOWED = {"saccade/formats/ffmpeg.py": {"cv2"}, "server/cutout.py": {"cv2"}}
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
@@ -44,7 +46,8 @@ def modules(room: str) -> Iterator[tuple[Path, ast.Module]]:
 def test_arrows_point_one_way(room: str, closed: set[str]) -> None:
     found = list(modules(room))
     assert found
-    wrong = {str(path): set(imports(tree)) & closed for path, tree in found if path != PORCH}
+    inner = [(path, tree) for path, tree in found if path != PORCH]
+    wrong = {str(path): (set(imports(tree)) & closed) - ALLOWED.get(str(path), set()) for path, tree in inner}
     assert not {path: names for path, names in wrong.items() if names}
 
 
