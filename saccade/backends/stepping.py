@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,18 @@ MEASURING_S = 0.04
 WARM_UP_PX = 512
 
 
+class Tracer(Protocol):
+    """Marks batches in a trace."""
+
+    def here(self) -> object:
+        """Where the caller is in its trace; asked for every call."""
+        ...
+
+    def batch(self, kind: Kind, callers: Sequence[object]) -> AbstractContextManager[None]:
+        """Surrounds a batch; `callers` has what `here` said for each of its rows."""
+        ...
+
+
 @dataclass(eq=False)
 class _Row:
     """One sample of one call, on its way through the lane."""
@@ -35,6 +48,7 @@ class _Row:
     feeds: Tensors
     ticket: Ticket
     result: asyncio.Future[Tensors]
+    caller: object = None
     batch: list[_Row] = field(default_factory=list)
     work: asyncio.Task[None] | None = None
 
@@ -55,7 +69,8 @@ class Stepping:
     arithmetic runs however many share it. Pictures and latents are encoded and decoded one at a time.
 
     `batch_size` None is measured by `start` (1 until then). `concurrency` batches are in flight at once.
-    `observer` hears of every batch that succeeded: its kind, rows (without copies) and seconds.
+    `observer` hears of every batch that succeeded: its kind, rows (without copies) and seconds. `finished` counts the
+    batches that the backend has come back from, well or not.
     """
 
     def __init__(
@@ -65,6 +80,7 @@ class Stepping:
         batch_size: int | None = None,
         concurrency: int = 1,
         observer: Observer | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         if min(1 if batch_size is None else batch_size, concurrency) < 1:
             raise ValueError("batch_size and concurrency must be at least 1")
@@ -73,9 +89,11 @@ class Stepping:
         self._batch_size = batch_size or 1
         self._free = concurrency
         self._observer = observer
+        self._tracer = tracer
+        self.finished = 0
         self._lines: OrderedDict[int, deque[_Row]] = OrderedDict()
         self._batches: set[asyncio.Task[None]] = set()
-        self._running = 0
+        self._running: Counter[Kind] = Counter()
         self._closed = False
 
     @property
@@ -94,7 +112,22 @@ class Stepping:
     @property
     def running(self) -> int:
         """Rows in the batches that run."""
-        return self._running
+        return self._running.total()
+
+    @property
+    def running_steps(self) -> int:
+        """Of those, denoising steps."""
+        return self._running["denoise"]
+
+    @property
+    def waiting_tickets(self) -> int:
+        """Requests of which a row waits."""
+        return len(self._lines)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a batch runs."""
+        return bool(self._batches)
 
     async def start(self) -> None:
         """Run every graph once, so that the first caller does not pay for it; measure the knee if it was not given."""
@@ -140,7 +173,8 @@ class Stepping:
         loop = asyncio.get_running_loop()
         count = len(next(iter(feeds.values())))
         cut = [{name: value[i : i + 1] for name, value in feeds.items()} for i in range(count)]
-        rows = [_Row(kind, one, ticket, loop.create_future()) for one in cut]
+        caller = None if self._tracer is None else self._tracer.here()
+        rows = [_Row(kind, one, ticket, loop.create_future(), caller) for one in cut]
         for row in rows:
             self._lines.setdefault(id(ticket), deque()).append(row)
             ticket.enqueue()
@@ -173,7 +207,7 @@ class Stepping:
         """Start batches while there are rows and slots."""
         while self._free and (batch := self._take()):
             self._free -= 1
-            self._running += len(batch)
+            self._running[batch[0].kind] += len(batch)
             for row in batch:
                 row.ticket.start()
             task = asyncio.get_running_loop().create_task(self._work(batch))
@@ -189,7 +223,7 @@ class Stepping:
         for row in batch:
             row.ticket.finish()
             row.batch, row.work = [], None
-        self._running -= len(batch)
+        self._running[batch[0].kind] -= len(batch)
         self._free += 1
         self._pump()
 
@@ -217,15 +251,32 @@ class Stepping:
     async def _work(self, batch: list[_Row]) -> None:
         began = time.perf_counter()
         try:
-            results = await self._call(batch[0].kind, self._fill(batch))
+            with self._traced(batch):
+                results = await self._call(batch[0].kind, self._fill(batch))
         except Exception as error:
-            self._fail(batch, error)
+            self.finished += 1
+            if isinstance(error, ModelError) and len(batch) > 1:
+                await self._one_by_one(batch)
+            else:
+                self._fail(batch, error)
         else:
+            self.finished += 1
             for i, row in enumerate(batch):
                 if not row.result.done():
                     row.result.set_result({name: value[i : i + 1] for name, value in results.items()})
             if self._observer is not None:
                 self._observer(batch[0].kind, len(batch), time.perf_counter() - began)
+
+    def _traced(self, batch: list[_Row]) -> AbstractContextManager[None]:
+        if self._tracer is None:
+            return nullcontext()
+        return self._tracer.batch(batch[0].kind, [row.caller for row in batch])
+
+    async def _one_by_one(self, batch: list[_Row]) -> None:
+        """A batch that the model cannot run, again in batches of one row: one that spoils it spoils its own alone."""
+        for row in batch:
+            if not row.result.done():
+                await self._work([row])
 
     def _fail(self, batch: list[_Row], error: Exception) -> None:
         for row in batch:

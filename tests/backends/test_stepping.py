@@ -181,7 +181,21 @@ def test_a_row_cancelled_before_its_batch_is_made_is_never_run(toy_repository: P
     run(main())
 
 
-@pytest.mark.parametrize("error", [ModelError("non-finite"), BackendUnavailable("draining"), KeyError("bug")])
+def test_a_row_that_the_model_cannot_run_fails_alone(toy_repository: Path) -> None:
+    async def main() -> None:
+        backend = Recorder.of(toy_repository)
+        backend.error, backend.poison = ModelError("non-finite"), 2
+        lane = Stepping(backend, batch_size=4)
+        results = await asyncio.gather(*(step(lane, i) for i in (1, 2, 3, 4)), return_exceptions=True)
+        assert isinstance(results.pop(1), ModelError)
+        assert [float(result.flat[0]) for result in results] == [2, 6, 8]
+        assert all(len(batch) == 4 for batch in backend.batches)
+        assert lane.waiting == lane.running == 0
+
+    run(main())
+
+
+@pytest.mark.parametrize("error", [BackendUnavailable("draining"), KeyError("bug")])
 def test_an_error_reaches_every_caller_of_its_batch_and_the_lane_goes_on(
     toy_repository: Path, error: Exception
 ) -> None:
