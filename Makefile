@@ -6,7 +6,7 @@ TEST := .venv-test
 PIP := -m pip --disable-pip-version-check --quiet install --no-compile
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-triton coverage lint format clean
+.PHONY: help serve test test-triton test-page docs coverage lint format clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -20,6 +20,12 @@ test: $(TEST)/.ready ## run the tests (ARGS="-k depth" passes on to pytest)
 test-triton: $(TEST)/.ready ## run the tests that need the real Triton server, which it fetches once (150 MB, to SACCADE_TEST_CACHE)
 	@$(TEST)/bin/python -m tests.triton.server
 	@exec $(TEST)/bin/python -m pytest -q -m triton $(ARGS)
+
+test-page: $(TEST)/.ready ## run the tests of the page, in Chromium (on the path, or SACCADE_TEST_CHROMIUM)
+	@exec $(TEST)/bin/python -m pytest -q -m browser $(ARGS)
+
+docs: $(TEST)/.ready ## make the site of the documents, in site/
+	NO_MKDOCS_2_WARNING=1 $(TEST)/bin/mkdocs build --strict
 
 coverage: $(TEST)/.ready ## run the tests and say which lines they reach
 	$(TEST)/bin/python -m coverage erase
@@ -37,13 +43,13 @@ format: $(TEST)/.ready ## put the code into the house style
 	$(TEST)/bin/ruff format
 
 clean: ## remove the environments and every cache
-	rm -rf $(SERVE) $(TEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage* htmlcov
+	rm -rf $(SERVE) $(TEST) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage* htmlcov
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(SERVE)/.ready: pyproject.toml | python
 	@echo "Setting up $(SERVE) ..."
 	@test -x $(SERVE)/bin/python || $(PYTHON) -m venv $(SERVE)
-	@$(SERVE)/bin/python $(PIP) -e '.[cpu]'
+	@$(SERVE)/bin/python $(PIP) -e '.[cpu,video]'
 	@touch $@
 
 $(TEST)/.ready: pyproject.toml | python

@@ -33,6 +33,8 @@ FROM ${BASE} AS runtime
 # A server installs nothing.
 RUN rm -rf /usr/local/lib/python3*/site-packages/pip* /usr/local/bin/pip*
 COPY docker/healthcheck.py /usr/local/bin/
+# Where a volume for jobs goes (SACCADE_JOBS_FILE): a named one takes its owner from here.
+RUN install -d -m 700 -o 10001 -g 10001 /var/lib/saccade
 ENV PATH=/opt/saccade/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
