@@ -22,6 +22,7 @@ test-triton: $(TEST)/.ready ## run the tests that need the real Triton server, w
 	@exec $(TEST)/bin/python -m pytest -q -m triton $(ARGS)
 
 test-page: $(TEST)/.ready ## run the tests of the page, in Chromium (on the path, or SACCADE_TEST_CHROMIUM)
+	@command -v "$${SACCADE_TEST_CHROMIUM:-chromium}" >/dev/null || { echo "No Chromium: apt-get install chromium, or set SACCADE_TEST_CHROMIUM" >&2; exit 1; }
 	@exec $(TEST)/bin/python -m pytest -q -m browser $(ARGS)
 
 docs: $(TEST)/.ready ## make the site of the documents, in site/

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -19,10 +21,17 @@ if TYPE_CHECKING:
 
 ImageLike = str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]
 
+# Pictures in a row, or a video: its path or its bytes.
+Frames = Sequence[ImageLike] | str | os.PathLike[str] | bytes
+
 # People's own pictures are not a stranger's: more than a server takes, and less than Pillow warns of.
 MAX_PIXELS = 80_000_000
 
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+
+
+# Rows of x, y (pixels) and metres; a NumPy array [N, 3] will do.
+Known = Iterable[Sequence[float]] | NDArray[Any]
 
 
 class Choices(TypedDict, total=False):
@@ -55,6 +64,29 @@ def to_bytes(image: ImageLike, param: str) -> bytes:
     raise InvalidInput(
         f"{param} must be a path, bytes, a PIL image or an array, not {type(image).__name__}", param=param
     )
+
+
+def parts(frames: Frames) -> dict[str, ImageLike | list[ImageLike]]:
+    """Frames under the names that the server takes them by. Raises InvalidInput for none."""
+    if isinstance(frames, str | os.PathLike | bytes):
+        return {"video": frames}
+    if not len(frames):
+        raise InvalidInput("there are no frames", param="image")
+    return {"image": list(frames)}
+
+
+def points(known: Known | None) -> list[tuple[float, float, float]] | None:
+    """Rows of x, y and metres as plain numbers. Raises InvalidInput for anything else."""
+    try:
+        return None if known is None else [(float(x), float(y), float(metres)) for x, y, metres in known]
+    except (TypeError, ValueError) as error:
+        raise InvalidInput("known_depths must be rows of x, y and metres", param="known_depths") from error
+
+
+def points_text(known: Known | None) -> str | None:
+    """The same as the server takes them."""
+    rows = points(known)
+    return None if rows is None else json.dumps(rows)
 
 
 def _read(path: Path, param: str) -> bytes:

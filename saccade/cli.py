@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hi
 
 import typer
 
-from saccade import __version__
-from saccade.errands import Errand, Format, Task, plan
+from saccade import __version__, clips
+from saccade.errands import Errand, Format, Task, collect, plan
 from saccade.errors import InvalidInput, ModelError, SaccadeError, ServerError
 
 if TYPE_CHECKING:
@@ -58,6 +58,9 @@ class Where:
     url: Annotated[
         str | None,
         typer.Option(envvar="SACCADE_URL", help="Ask this server instead of running the model in this process."),
+    ] = None
+    api_key: Annotated[
+        str | None, typer.Option(envvar="SACCADE_API_KEY", help="Key for the server, where it wants one.")
     ] = None
     model_repository: Annotated[
         Path | None, typer.Option(help="Folder of models.", show_default="./model_repository, else the checkout's")
@@ -105,6 +108,12 @@ class Asking(Where):
     output_uncertainty: Annotated[
         bool, typer.Option("--output-uncertainty", help="Add the members' spread (formats npz, exr, json).")
     ] = False
+    later: Annotated[
+        bool,
+        typer.Option(
+            "--later", help="Leave it with the server (--url) and print the id; `saccade job` fetches the answer."
+        ),
+    ] = False
     engine: Annotated[
         Literal["auto", "openvino", "onnxruntime"], typer.Option(help="What runs the model in this process.")
     ] = "auto"
@@ -121,6 +130,51 @@ class Asking(Where):
     def choices(self) -> dict[str, Any]:
         names = ("steps", "ensemble_size", "reduction", "seed", "spacing", "processing_resolution")
         return {name: getattr(self, name) for name in (*names, "match_input_resolution", "output_uncertainty")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskingFrames(Asking):
+    """The same of something that moves."""
+
+    frames_stride: Annotated[
+        int | None, typer.Option(min=1, help="Of a video: every n-th frame.", show_default="each")
+    ] = None
+    frames_limit: Annotated[
+        int | None, typer.Option(min=1, help="Of a video: the first n frames.", show_default="all")
+    ] = None
+
+    def check_pictures(self) -> None:
+        """Raise InvalidInput for what only a clip can be asked with."""
+        if self.frames_stride is not None or self.frames_limit is not None:
+            raise InvalidInput("--frames-stride and --frames-limit are about a video", param="frames_stride")
+
+    def about(self) -> dict[str, Any]:
+        """What a clip is asked with."""
+        return {**self.choices(), "frames_stride": self.frames_stride, "frames_limit": self.frames_limit}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskingDepth(AskingFrames):
+    steady: Annotated[
+        bool | None,
+        typer.Option("--steady/--no-steady", help="One scale for all frames.", show_default="for videos"),
+    ] = None
+    known_depths: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="JSON or CSV of x, y, metres: the answer is in metres.",
+            show_default=False,
+        ),
+    ] = None
+
+    def choices(self) -> dict[str, Any]:
+        known = {} if self.known_depths is None else {"known_depths": clips.known_depths(self.known_depths)}
+        return super().choices() | known
+
+    def about(self) -> dict[str, Any]:
+        return super().about() | {"steady": self.steady}
 
 
 Out = Annotated[
@@ -177,24 +231,29 @@ Pictures = Annotated[list[Path], typer.Argument(metavar="PICTURE", help="Picture
 
 
 @app.command()
-@taking(Asking)
-def depth(pictures: Pictures, out: Out = None, asking: Asking = Asking()) -> None:
+@taking(AskingDepth)
+def depth(pictures: Pictures, out: Out = None, asking: AskingDepth = AskingDepth()) -> None:
     """How far everything is.
 
     \b
     saccade depth photo.jpg -o depth.png    a picture: near is red, far is violet
     saccade depth photo.jpg -o depth.npy    [H, W] float32, 0 nearest, 1 farthest
     saccade depth photos/ -o depths/        one for each picture of the folder
+    saccade depth clip.mp4 -o depth.mp4     a video, its frames in one scale
+    saccade depth photo.jpg -o depth.npy --known-depths points.csv    in metres
     """
+    if clips.is_clip(pictures, asking.steady):
+        return _answer_clip("depth", pictures, out, asking)
+    asking.check_pictures()
     _answer("depth", plan("depth", pictures, out=out, format=asking.format), asking)
 
 
 @app.command()
-@taking(Asking)
+@taking(AskingFrames)
 def flow(
     frames: Annotated[list[Path], typer.Argument(metavar="FRAME", help="Two frames or more, or a folder of them.")],
     out: Out = None,
-    asking: Asking = Asking(),
+    asking: AskingFrames = AskingFrames(),
 ) -> None:
     """Where everything moved from each frame to the next.
 
@@ -202,7 +261,11 @@ def flow(
     saccade flow a.png b.png -o motion.png  a picture: hue is the direction, strength the speed
     saccade flow a.png b.png -o motion.flo  Middlebury's file; .npy is [H, W, 2], pixels right and down
     saccade flow frames/ -o motion/         every two neighbours, in the order of their names
+    saccade flow clip.mp4 -o motion.mp4     every two frames of a video
     """
+    if clips.is_clip(frames, None):
+        return _answer_clip("flow", frames, out, asking)
+    asking.check_pictures()
     _answer("flow", plan("flow", frames, out=out, format=asking.format), asking)
 
 
@@ -238,6 +301,38 @@ def models(
         typer.echo(json.dumps([card.model_dump(mode="json") for card in cards], indent=2))
     else:
         _print_cards(cards)
+
+
+@app.command()
+@taking(Where)
+def jobs(where: Where = Where()) -> None:
+    """What was left with a server by --later, newest first."""
+    with _server(where) as client:
+        for job in client.jobs(100):
+            typer.echo(f"{job.id}  {job.status:<9}  {job.task:<6}  {job.created:%Y-%m-%d %H:%M:%S}")
+
+
+@app.command()
+@taking(Where)
+def job(
+    identity: Annotated[str, typer.Argument(metavar="ID", help="What --later has printed.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="File.", show_default="ID.png, in this folder")
+    ] = None,
+    format: Annotated[Format | None, typer.Option(help="File format.", show_default="by the ending of -o")] = None,
+    cancel: Annotated[
+        bool, typer.Option("--cancel", help="Withdraw it instead, or forget one that has ended.")
+    ] = False,
+    where: Where = Where(),
+) -> None:
+    """Wait for the answer to what was left with a server, and write it."""
+    with _server(where) as client:
+        if cancel:
+            return client.cancel(identity)
+        errand = collect(out or Path(f"{identity}.png"), format)
+        answer = client.result(identity)
+    errand.out.write_bytes(_written(answer, errand, Asking()))
+    typer.echo(errand.out)
 
 
 @app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
@@ -318,6 +413,38 @@ def train(
     training.main([str(recipe), "--out", str(out)])
 
 
+keys = typer.Typer(name="keys", help="API keys of a server.", no_args_is_help=True, **LOOK)
+app.add_typer(keys)
+
+
+@keys.callback()
+def _keys() -> None:
+    """API keys of a server."""
+
+
+@keys.command("new")
+def new_key(
+    name: Annotated[str, typer.Option(help="Who will use it; shown in the server's log.")],
+    scope: Annotated[
+        list[str] | None,
+        typer.Option(help="What it may do: depth, flow, amodal, jobs, models, v2, metrics.", show_default="everything"),
+    ] = None,
+    rate: Annotated[float | None, typer.Option(help="Most requests a minute.", show_default="no limit")] = None,
+    burst: Annotated[int, typer.Option(min=1, help="Requests at once before the rate holds.")] = 10,
+    file: Annotated[Path | None, typer.Option(help="Keys file to add it to.", show_default="print its lines")] = None,
+) -> None:
+    """Make a key. It is shown this once: the server's file has only its digest."""
+    from server import keys as ring
+
+    key = ring.new()
+    lines = ring.entry(name, key, scope, rate, burst)
+    if file is not None:
+        ring.add(file, lines)
+    else:
+        typer.echo(f"# add this to the server's keys_file\n{lines}", err=True)
+    typer.echo(key)
+
+
 @contextmanager
 def _wing() -> Iterator[None]:
     """The training wing stands on packages that serving does without."""
@@ -363,17 +490,51 @@ def _model(asking: Asking) -> Iterator[Client | Local]:
         return
     from saccade.client import Client
 
-    with Client(asking.url) as client:
+    with Client(asking.url, api_key=asking.api_key) as client:
         yield client
 
 
 def _answer(task: Task, errands: Sequence[Errand], asking: Asking) -> None:
+    if asking.later:
+        return _leave(task, errands, asking)
     _check(task, errands, asking)
     with _model(asking) as model:
         if len(errands) > 1:
             return _run_all(task, errands, asking, model)
         _run(task, errands[0], asking, model)
     typer.echo(errands[0].out)
+
+
+def _answer_clip(task: Task, inputs: Sequence[Path], out: Path | None, asking: AskingFrames) -> None:
+    if asking.later:
+        raise InvalidInput("--later is for pictures one by one", param="later")
+    from saccade import reel
+
+    where, format = clips.target(task, inputs, out, asking.format)
+    reel.check(task, format, asking.render or "data", asking.output_uncertainty)
+    with _model(asking) as model:
+        seen = clips.ask(task, inputs, model, asking.about())
+    clips.write(seen, where, format, asking.render)
+    typer.echo(where)
+
+
+def _leave(task: Task, errands: Sequence[Errand], asking: Asking) -> None:
+    if "known_depths" in asking.choices():
+        raise InvalidInput("--later and --known-depths do not go together", param="later")
+    with _server(asking) as client:
+        for errand in errands:
+            given: dict[str, Any] = {**errand.pictures, **asking.choices()}
+            typer.echo(client.submit(task, **given).id)
+
+
+@contextmanager
+def _server(where: Where) -> Iterator[Client]:
+    if where.url is None:
+        raise InvalidInput("jobs are kept by a server: name it with --url or SACCADE_URL", param="url")
+    from saccade.client import Client
+
+    with Client(where.url, api_key=where.api_key) as client:
+        yield client
 
 
 def _run_all(task: Task, errands: Sequence[Errand], asking: Asking, model: Client | Local) -> None:
@@ -412,7 +573,7 @@ def _written(answer: Answer, errand: Errand, asking: Asking) -> bytes:
 
     style = asking.render or _natural(answer, errand)
     picture = None
-    if answer.task == "amodal" and style == "color":
+    if answer.task == "amodal" and style == "color" and errand.pictures:
         picture = read_picture(errand.pictures["image"].read_bytes(), max_pixels=MAX_PIXELS)
     return render.encode(answer, errand.format, style, "npy", picture=picture).data
 
@@ -440,7 +601,7 @@ def _cards(where: Where) -> list[Card]:
     if where.url is not None:
         from saccade.client import Client
 
-        with Client(where.url) as client:
+        with Client(where.url, api_key=where.api_key) as client:
             return client.models()
     from saccade.repository import Repository, find_repository
 

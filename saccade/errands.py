@@ -13,7 +13,7 @@ from typing import Literal, get_args
 from saccade.errors import InvalidInput
 
 Task = Literal["depth", "flow", "amodal"]
-Format = Literal["png", "npy", "npz", "flo", "pfm", "exr", "json"]
+Format = Literal["png", "npy", "npz", "flo", "pfm", "exr", "json", "mp4"]
 FORMATS: tuple[str, ...] = get_args(Format)
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
@@ -40,7 +40,7 @@ def plan(
     One picture (or pair) goes to the file `out`, default <name>_<task>.png; more than that, or a folder, to files named
     as their pictures in the folder `out`. Raises InvalidInput for what is not there and for what would be overwritten.
     """
-    found = [path for given in inputs for path in _expand(given)]
+    found = [path for given in inputs for path in expand(given)]
     asked = _questions(task, found, mask)
     if len(asked) == 1 and not any(given.is_dir() for given in inputs):
         errands = [_single(task, asked[0], out, format)]
@@ -50,7 +50,12 @@ def plan(
     return errands
 
 
-def _expand(given: Path) -> list[Path]:
+def collect(out: Path, format: Format | None) -> Errand:
+    """The errand of an answer that was asked for before. Raises InvalidInput where no format is named."""
+    return Errand({}, out, format or _by_suffix(out))
+
+
+def expand(given: Path) -> list[Path]:
     """A file as it is, a folder as its pictures in the order people count in."""
     if given.is_file():
         return [given]
@@ -81,7 +86,7 @@ def _mask(image: Path, mask: Path) -> Path:
     """`mask` itself, or the picture in it that is named as the image is."""
     if not mask.is_dir():
         return mask
-    for path in _expand(mask):
+    for path in expand(mask):
         if path.stem == image.stem:
             return path
     raise InvalidInput(f"no mask for {image.name} in {mask}", param="mask")
@@ -96,10 +101,17 @@ def _single(task: Task, question: dict[str, Path], out: Path | None, format: For
     return Errand(question, out, format or _by_suffix(out))
 
 
-def _by_suffix(out: Path) -> Format:
+def suffix_format(out: Path) -> Format | None:
+    """What a file's ending says."""
     for format in get_args(Format):
         if out.suffix.lower() == f".{format}":
             return format  # type: ignore[no-any-return]
+    return None
+
+
+def _by_suffix(out: Path) -> Format:
+    if (format := suffix_format(out)) is not None:
+        return format
     raise InvalidInput(f"{out}: say the format with --format or an ending: {' '.join('.' + f for f in FORMATS)}")
 
 

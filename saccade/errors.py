@@ -4,10 +4,12 @@ SaccadeError
 ├── InvalidInput            the caller's: a bad picture, a bad option (also a ValueError)
 │   ├── UnsupportedPicture  a file type we do not read
 │   ├── PictureTooLarge     more pixels than allowed
-│   └── UnreadablePicture   truncated or corrupt
+│   ├── UnreadablePicture   truncated or corrupt
+│   └── MetresUndetermined  known depths from which no metres follow
 ├── ModelError              the repository's: a missing file, a malformed card, an output that cannot be
 ├── BackendUnavailable      the backend's: not there, or draining; may be tried again
 │   └── BackendTimeout      it is there, and did not answer in time
+├── NotInstalled            a package that this needs is not here; the message says which extra has it
 └── ServerError             an answer of a Saccade server that says no (raised by the clients)
 """
 
@@ -38,6 +40,10 @@ class UnreadablePicture(InvalidInput):
     """The picture is truncated or corrupt."""
 
 
+class MetresUndetermined(InvalidInput):
+    """The known depths cannot determine a scale and a shift; the message says why."""
+
+
 class ModelError(SaccadeError):
     """The model repository, or what a model computed, is not what its card promises."""
 
@@ -52,6 +58,10 @@ class BackendUnavailable(SaccadeError):
 
 class BackendTimeout(BackendUnavailable):
     """The backend did not answer within its deadline."""
+
+
+class NotInstalled(SaccadeError):
+    """What was asked needs a package that is not installed."""
 
 
 class ServerError(SaccadeError):

@@ -9,24 +9,31 @@ What goes wrong is one of `saccade.errors`.
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
+from saccade import sequence
 from saccade.backends.embedded import Embedded
 from saccade.backends.stepping import Stepping
-from saccade.calls import MAX_PIXELS, Choices, ImageLike, to_bytes
+from saccade.calls import MAX_PIXELS, Choices, Frames, ImageLike, Known, points, to_bytes
 from saccade.card import Card
-from saccade.errors import BackendUnavailable
+from saccade.errors import BackendUnavailable, InvalidInput
 from saccade.formats import read_mask, read_picture
-from saccade.pipeline import Answer, Inputs, Options, Pipeline
+from saccade.formats.video import Bounds, read_video
+from saccade.metres import Points
+from saccade.pipeline import Answer, Inputs, Options, Picture, Pipeline
 from saccade.repository import Repository, find_repository
+from saccade.sequence import Seen
 from saccade.tasks import TaskName
 
+# People's own videos: as long as memory lasts.
+BOUNDS = Bounds(frames=10_000, frame_pixels=MAX_PIXELS, clip_pixels=2_000_000_000, seconds=600)
 T = TypeVar("T")
 
 
@@ -65,9 +72,36 @@ class Local:
             self.close()
             raise
 
-    def depth(self, image: ImageLike, **choices: Unpack[Choices]) -> Answer:
-        """How far everything is: prediction [H, W] float32, 0 nearest, 1 farthest."""
-        return self._ask("depth", choices, image)
+    def depth(self, image: ImageLike, *, known_depths: Known | None = None, **choices: Unpack[Choices]) -> Answer:
+        """How far everything is: prediction [H, W] float32, 0 nearest, 1 farthest; or metres, by `known_depths`."""
+        return self._ask("depth", choices, image, known=points(known_depths))
+
+    def depths(
+        self,
+        frames: Frames,
+        *,
+        steady: bool | None = None,
+        known_depths: Known | None = None,
+        frames_stride: int | None = None,
+        frames_limit: int | None = None,
+        **choices: Unpack[Choices],
+    ) -> Seen:
+        """As `Client.depths`."""
+        read, fps = self._frames(frames, frames_stride, frames_limit)
+        steadily = fps is not None if steady is None else steady
+        return self._ask_all("depth", read, choices, fps, steadily, points(known_depths))
+
+    def flows(
+        self,
+        frames: Frames,
+        *,
+        frames_stride: int | None = None,
+        frames_limit: int | None = None,
+        **choices: Unpack[Choices],
+    ) -> Seen:
+        """As `Client.flows`."""
+        read, fps = self._frames(frames, frames_stride, frames_limit)
+        return self._ask_all("flow", read, choices, fps)
 
     def flow(self, image: ImageLike, next_image: ImageLike, **choices: Unpack[Choices]) -> Answer:
         """Where everything moved: prediction [H, W, 2] float32 in pixels, u right and v down."""
@@ -108,6 +142,7 @@ class Local:
         image: ImageLike,
         next_image: ImageLike | None = None,
         mask: ImageLike | None = None,
+        known: Points | None = None,
     ) -> Answer:
         began = time.perf_counter()
         options = Options(**choices).resolve(self._pipeline.card, task)
@@ -120,9 +155,31 @@ class Local:
             else read_picture(to_bytes(next_image, "next_image"), max_pixels=limit, param="next_image"),
             None if mask is None else read_mask(to_bytes(mask, "mask"), max_pixels=limit),
         )
-        answer = self._run(self._pipeline(inputs, options))
+        (answer,) = self._run(sequence.ask(self._pipeline, [inputs], options, known=known))
         total_ms = (time.perf_counter() - began) * 1e3
         return replace(answer, timings_ms={**answer.timings_ms, "total": total_ms})
+
+    def _ask_all(
+        self,
+        task: TaskName,
+        frames: Sequence[Picture],
+        choices: Choices,
+        fps: float | None,
+        steadily: bool = False,
+        known: Points | None = None,
+    ) -> Seen:
+        options = Options(**choices).resolve(self._pipeline.card, task)
+        asked = sequence.questions(task, frames)
+        return self._run(sequence.ask(self._pipeline, asked, options, steadily=steadily, known=known, fps=fps))
+
+    def _frames(self, frames: Frames, stride: int | None, limit: int | None) -> tuple[Sequence[Picture], float | None]:
+        """The pictures, and how many make a second where they are a video's."""
+        if isinstance(frames, str | os.PathLike | bytes):
+            clip = read_video(to_bytes(frames, "video"), bounds=BOUNDS, stride=stride or 1, limit=limit)
+            return list(clip.frames), clip.fps
+        if not len(frames):
+            raise InvalidInput("there are no frames", param="image")
+        return [read_picture(to_bytes(image, "image"), max_pixels=self._max_pixels) for image in frames], None
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Await on the loop's thread; leaving early (Ctrl-C) withdraws the work."""

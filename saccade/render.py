@@ -15,9 +15,9 @@ from PIL import Image
 from saccade import formats
 from saccade.errors import InvalidInput
 from saccade.pipeline import Answer, Picture
-from saccade.tasks import TASKS, Array, TaskName
+from saccade.tasks import Array, TaskName
 
-Format = Literal["json", "png", "npy", "npz", "flo", "pfm", "exr"]
+Format = Literal["json", "png", "npy", "npz", "flo", "pfm", "exr", "mp4"]
 Render = Literal["data", "color", "object"]
 Encoding = Literal["png16", "npy"]
 
@@ -29,17 +29,24 @@ MEDIA_TYPES: dict[Format, str] = {
     "flo": "application/x-flo",
     "pfm": "image/x-portable-floatmap",
     "exr": "image/x-exr",
+    "mp4": "video/mp4",
 }
 FORMATS: dict[TaskName, tuple[Format, ...]] = {
     "depth": ("json", "png", "npy", "npz", "pfm", "exr"),
     "flow": ("json", "png", "npy", "npz", "flo", "pfm", "exr"),
     "amodal": ("json", "png", "npy", "npz", "exr"),
 }
+FORMATS_OF_SEVERAL: dict[TaskName, tuple[Format, ...]] = {
+    "depth": (*FORMATS["depth"], "mp4"),
+    "flow": (*FORMATS["flow"], "mp4"),
+    "amodal": FORMATS["amodal"],
+}
 RENDERS: dict[TaskName, tuple[Render, ...]] = {
     "depth": ("data", "color"),
     "flow": ("data", "color"),
     "amodal": ("data", "color", "object"),
 }
+MILLIMETRES = 1000
 CARRIES_UNCERTAINTY: tuple[Format, ...] = ("json", "npz", "exr")
 
 
@@ -60,6 +67,8 @@ def usable(task: TaskName, render: Render = "data", output_uncertainty: bool = F
 
 def check(task: TaskName, format: Format, render: Render = "data", output_uncertainty: bool = False) -> None:
     """Raise InvalidInput, which says what to ask for, where `encode` could not do it."""
+    if format == "mp4":
+        raise InvalidInput("an mp4 shows several answers; ask for format png, or send a video", param="format")
     if format not in FORMATS[task]:
         raise InvalidInput(f"{task} cannot be written as {format}; use {', '.join(FORMATS[task])}", param="format")
     if render not in RENDERS[task]:
@@ -105,14 +114,14 @@ def document(answer: Answer, encoding: Encoding = "png16") -> dict[str, Any]:
         "task": answer.task,
         "model": answer.model,
         "digest": answer.digest,
-        "units": TASKS[answer.task].units,
+        "units": answer.units,
         "shape": list(prediction.shape[:2]),
         "options": asdict(answer.options),
         "timings_ms": {name: round(value, 3) for name, value in answer.timings_ms.items()},
         "prediction": _npy_map(prediction) if encoding == "npy" else _png_map(answer),
         "uncertainty": None if uncertainty is None else _uncertainty_map(uncertainty, encoding),
         "completed": None if completed is None else _map("png", "png", _rgba(completed), 1.0, 0.0),
-    }
+    } | ({} if answer.metres is None else {"metres": asdict(answer.metres)})
 
 
 def _map(encoding: str, format: Format, data: bytes, scale: float, offset: float) -> dict[str, Any]:
@@ -130,7 +139,11 @@ def _npy_map(values: NDArray[Any]) -> dict[str, Any]:
 
 
 def _png_map(answer: Answer) -> dict[str, Any]:
-    """Depth in 65535 levels, flow in 1/64 px from -512 px as KITTI does, a mask as 0 and 255."""
+    """Depth in 65535 levels (in metres: in millimetres, or coarser steps where some are farther than 65.535 m), flow in
+    1/64 px from -512 px as KITTI does, a mask as 0 and 255."""
+    if answer.metres is not None:
+        step = max(1 / MILLIMETRES, float(answer.prediction.max()) / 65535)
+        return _map("png16", "png", formats.write_png(formats.to_uint16(_numbers(answer) / (65535 * step))), step, 0.0)
     data = _data_png(answer)
     if answer.task == "depth":
         return _map("png16", "png", data, 1 / 65535, 0.0)
@@ -158,10 +171,12 @@ def _png(answer: Answer, render: Render, picture: Picture | None) -> bytes:
         if answer.completed is None:
             raise InvalidInput(f"model {answer.model} paints no objects; use render data or color", param="render")
         return _rgba(answer.completed)
-    return formats.write_png(_coloured(answer, picture))
+    return formats.write_png(coloured(answer, picture))
 
 
 def _data_png(answer: Answer) -> bytes:
+    if answer.metres is not None:
+        return formats.write_png(_millimetres(_numbers(answer)))
     if answer.task == "depth":
         return formats.write_png(formats.to_uint16(_numbers(answer)))
     if answer.task == "flow":
@@ -169,11 +184,20 @@ def _data_png(answer: Answer) -> bytes:
     return formats.write_png(answer.prediction.astype(np.uint8) * np.uint8(255))
 
 
-def _coloured(answer: Answer, picture: Picture | None) -> Picture:
+def _millimetres(metres: Array) -> NDArray[np.uint16]:
+    """As depth cameras write it: 0 where it is not known, which what is farther than 65.535 m becomes."""
+    levels = np.rint(metres * MILLIMETRES)
+    return np.where(levels <= 65535, np.maximum(levels, 1), 0).astype(np.uint16)
+
+
+def coloured(answer: Answer, picture: Picture | None = None, fastest_px: float | None = None) -> Picture:
+    """[H, W, 3] uint8 RGB to look at: `picture` lies under a mask, `fastest_px` has a flow's full colour."""
+    if answer.metres is not None:
+        return formats.colorize_depth((_numbers(answer) - answer.metres.shift) / answer.metres.scale)
     if answer.task == "depth":
         return formats.colorize_depth(_numbers(answer))
     if answer.task == "flow":
-        return formats.colorize_flow(_numbers(answer))
+        return formats.colorize_flow(_numbers(answer), fastest_px)
     mask = answer.prediction.astype(np.bool_)
     return formats.colorize_mask(_ground(picture, (mask.shape[0], mask.shape[1])), mask)
 

@@ -19,6 +19,9 @@ UNIT_PIXELS = 256 * 256
 ENCODE_STEPS = 4
 DECODE_STEPS = 1
 UNITS_PER_MEGAPIXEL = 4.0
+PIXEL_BYTES = 56
+MEMBER_PIXEL_BYTES = 128
+"""Memory that a request was measured to take at most: for each pixel of its pictures, and of each member's answer."""
 Size = tuple[int, int]
 
 
@@ -28,12 +31,23 @@ class Overloaded(Exception):
         self.retry_after_s = retry_after_s
 
 
-def work(card: Card, task: TaskName, options: Resolved, sizes: Sequence[Size]) -> float:
+def work(card: Card, task: TaskName, options: Resolved, sizes: Sequence[Size], previews: int = 0) -> float:
     """Units that a request with pictures of `sizes` (H, W) takes; at most, where a mask's crop is not yet known."""
     height, width = padded(card, task, options, sizes[0])
     per_step = height * width / UNIT_PIXELS
     steps = ENCODE_STEPS + options.ensemble_size * (options.steps + DECODE_STEPS)
+    steps += min(previews, options.steps) * DECODE_STEPS
     return per_step * steps + UNITS_PER_MEGAPIXEL * sum(h * w for h, w in sizes) / 1e6
+
+
+def footprint(card: Card, task: TaskName, options: Resolved, rows: Sequence[Sequence[Size]]) -> int:
+    """Bytes that a request takes at its height; `rows` has the sizes (H, W) of each question's pictures."""
+    total = 0
+    for sizes in rows:
+        height, width = padded(card, task, options, sizes[0])
+        total += MEMBER_PIXEL_BYTES * options.ensemble_size * height * width
+        total += PIXEL_BYTES * sum(h * w for h, w in sizes)
+    return total
 
 
 def padded(card: Card, task: TaskName, options: Resolved, size: Size) -> Size:

@@ -14,6 +14,7 @@ from saccade.errors import BackendUnavailable, ModelError, SaccadeError
 from server.model import Model
 from server.settings import Settings
 from server.telemetry import Metrics
+from server.tracing import Tracing
 from server.wanted import WantedModel
 
 LOOK_S = 1.0
@@ -48,9 +49,11 @@ class Alias:
         open_backend: Opener,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
+        tracing: Tracing | None = None,
     ) -> None:
         self.wanted = WantedModel(settings.model_file, settings.model)
         self._settings, self._open_backend, self._metrics, self._clock = settings, open_backend, metrics, clock
+        self._tracing = tracing
         self.serving: Model | None = None
         self._spare: Model | None = None  # is about to serve, or has served and ends its last requests
         self._trouble: Trouble | None = None
@@ -139,7 +142,7 @@ class Alias:
 
     async def _opened(self, name: str | None) -> Model:
         """Open, warmed up and probed. Raises ModelError or BackendUnavailable."""
-        model = Model(self._settings, await self._open_backend(name), self._metrics)
+        model = Model(self._settings, await self._open_backend(name), self._metrics, self._tracing)
         try:
             await model.start()
         except BaseException:

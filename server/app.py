@@ -16,11 +16,15 @@ from typing import NoReturn, cast
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from saccade import __version__
 from saccade.errors import SaccadeError
-from server import openapi, problems, routes
+from server import drain, logs, openapi, problems, routes, tls, tracing, v2, walls
 from server.alias import Opener
+from server.jobs import routes as job_routes
+from server.jobs.runner import Jobs
+from server.keys import Keys, Ring
 from server.limits import BodyLimit, body_limit
 from server.opening import open_backend
 from server.problems import LastResort
@@ -28,6 +32,15 @@ from server.service import Service
 from server.settings import Settings
 from server.telemetry import Metrics, Telemetry
 
+ALLOWED = (
+    *("Authorization", "X-API-Key", "X-Request-ID", "Content-Type", "Accept", "Prefer", "Idempotency-Key"),
+    *("Last-Event-ID", "traceparent", "tracestate"),
+)
+EXPOSED = (
+    *("X-Request-ID", "Server-Timing", "Retry-After", "Location", "Preference-Applied", "Saccade-Model"),
+    *("Saccade-Digest", "Saccade-Steps", "Saccade-Ensemble-Size", "Saccade-Reduction", "Saccade-Seed", "Saccade-Units"),
+)
+"""Headers that a web page of another origin may send, and read."""
 logger = logging.getLogger(__name__)
 
 
@@ -37,37 +50,69 @@ def create_app(settings: Settings, opener: Opener | None = None) -> FastAPI:
     Its lifespan begins with the model that the settings want, opened by `opener` (by default as the settings say),
     follows what they want later, and closes at the end whatever is open.
     """
-    metrics = Metrics()
-    service = Service(settings, opener or partial(open_backend, settings), metrics)
+    service = Service(settings, opener or partial(open_backend, settings), Metrics())
+    jobs = Jobs(service)
+    ring = None if settings.keys_file is None else Ring(settings.keys_file)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        following = [service.watchdog.follow(), *([] if ring is None else [ring.follow()])]
+        tasks = [asyncio.create_task(follow) for follow in following]
         try:
             await service.begin()
+            await jobs.begin()
             service.alias.follow()
             yield
         finally:
+            for task in tasks:
+                task.cancel()
+            await jobs.aclose()
             await service.aclose()
 
     app = FastAPI(title="Saccade", version=__version__, lifespan=lifespan, redoc_url=None, redirect_slashes=False)
-    app.state.service = service
+    app.state.service, app.state.jobs = service, jobs
     app.include_router(routes.router())
-    app.openapi = lambda: openapi.document(settings)  # type: ignore[method-assign]
+    app.include_router(job_routes.router())
+    app.include_router(v2.router(settings))
+    app.openapi = lambda: walls.dress(openapi.document(settings), settings)  # type: ignore[method-assign]
     problems.install(app)
-    # The last added is the outermost.
-    app.add_middleware(BodyLimit, limit=body_limit(settings.max_upload_bytes))
-    app.add_middleware(Telemetry, metrics=metrics)
-    app.add_middleware(LastResort)
+    _add_layers(app, service, ring)
     return app
 
 
+def _add_layers(app: FastAPI, service: Service, ring: Ring | None) -> None:
+    """What every request passes, the innermost first. Pure ASGI throughout, so that a client's leaving is noticed."""
+    settings = service.settings
+    largest = body_limit(settings.max_upload_bytes, settings.max_clip_bytes)
+    app.add_middleware(BodyLimit, limit=largest, guard=service.guard)
+    if ring is not None:
+        app.add_middleware(Keys, ring=ring)
+    app.add_middleware(LastResort, drain=service.drain)
+    app.add_middleware(v2.ProtocolErrors)
+    if origins := settings.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=("GET", "HEAD", "POST", "DELETE"),
+            allow_headers=ALLOWED,
+            expose_headers=EXPOSED,
+        )
+    app.add_middleware(drain.Shed, drain=service.drain)
+    app.add_middleware(Telemetry, metrics=service.metrics)
+    app.add_middleware(logs.AccessLog)
+    if service.tracing is not None:
+        app.add_middleware(tracing.Traced, tracing=service.tracing)
+    app.add_middleware(logs.RequestIds)
+
+
 def serve(settings: Settings) -> None:
-    """Run until SIGTERM or SIGINT: then stop accepting, finish what was accepted within `drain_timeout_s`, and return.
+    """Run until SIGTERM or SIGINT: then accept for `drain_delay_s` more, finish what was accepted within
+    `drain_timeout_s`, and return.
 
     Exits with one line and a status that is not 0 if the model cannot be loaded or the port cannot be had.
     """
     signal.signal(signal.SIGTERM, _leave)  # at once: by itself it does nothing to the first process of a container
-    _log(settings.log_level)
+    logs.install(settings.log_level, settings.log_format)
     _check_temporary_folder()
     listener = _listen(settings.host, settings.port)
     try:
@@ -81,25 +126,29 @@ def serve(settings: Settings) -> None:
 async def _serve(settings: Settings, listener: socket.socket) -> None:
     """Raises SaccadeError if the model cannot be opened and will not come by itself."""
     app = create_app(settings)
-    await cast(Service, app.state.service).begin()  # here rather than in the lifespan, whose errors are stack traces
+    service = cast(Service, app.state.service)
+    await service.begin()  # here rather than in the lifespan, whose errors are stack traces
+    await cast(Jobs, app.state.jobs).begin()
     config = uvicorn.Config(
         app,
         log_config=None,
-        access_log=settings.log_level == "debug",
+        access_log=False,
         server_header=False,
         ws="none",
         lifespan="on",
         timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
+        **tls.options(settings),
     )
-    server = uvicorn.Server(config)
-    logger.info("saccade %s starts on %s", __version__, _url(listener))
+    config.load()
+    bound_s = settings.drain_delay_s + settings.drain_timeout_s + drain.CLOSING_S
+    server = drain.Server(config, service.drain, settings.drain_delay_s, bound_s)
+    logger.info("saccade %s starts on %s", __version__, _url(listener, "http" if config.ssl is None else "https"))
+    renewing = None if config.ssl is None else asyncio.create_task(tls.follow(config.ssl, settings))
     await server.serve(sockets=[listener])
+    if renewing is not None:
+        renewing.cancel()
     if not server.started:
         _exit("the server could not start; see the log above")
-
-
-def _log(level: str) -> None:
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
 def _check_temporary_folder() -> None:
@@ -121,9 +170,9 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _url(listener: socket.socket) -> str:
+def _url(listener: socket.socket, scheme: str) -> str:
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def _leave(_: int, __: FrameType | None) -> NoReturn:

@@ -9,28 +9,29 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import problems
+from server.guard import Guard
 from server.problems import Problem
 
 LINGER_S = 1.0
 BODIES_AT_ONCE = 8
-OVERHEAD_BYTES = 2**16
+OVERHEAD_BYTES = 2**21
 
 
-def body_limit(max_upload_bytes: int) -> int:
-    """Two pictures in base64, and room for the rest of a form."""
-    return 2 * 4 * -(-max_upload_bytes // 3) + OVERHEAD_BYTES
+def body_limit(max_upload_bytes: int, max_clip_bytes: int = 0) -> int:
+    """Two pictures, or all of a clip, in base64, and room for the rest of a form."""
+    return 4 * -(-max(2 * max_upload_bytes, max_clip_bytes) // 3) + OVERHEAD_BYTES
 
 
 class BodyLimit:
     """ASGI layer. `receive` raises Problem 413 past `limit` bytes (counted, whatever Content-Length says) and 429 when
-    all requests together hold more than `BODIES_AT_ONCE` full bodies.
+    all requests together hold more than `BODIES_AT_ONCE` full bodies, and 503 when `guard` says that memory runs out.
 
     A response sent before the whole body came closes the connection, after reading on for a moment: closing at once
     would reset the connection, and a client that is still sending would never see the answer.
     """
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self.app, self.limit = app, limit
+    def __init__(self, app: ASGIApp, limit: int, guard: Guard) -> None:
+        self.app, self.limit, self.guard = app, limit, guard
         self.held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -68,6 +69,8 @@ class _Body:
             raise self._too_large()
         if self.owner.held > BODIES_AT_ONCE * self.owner.limit:
             raise Problem(problems.OVERLOADED, "Too many uploads at once. Try again shortly.", retry_after_s=2)
+        if size:
+            self.owner.guard.check(size)
 
     def _too_large(self) -> Problem:
         return Problem(

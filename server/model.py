@@ -14,7 +14,9 @@ from saccade.card import Card
 from saccade.pipeline import Pipeline
 from server.health import Readiness, try_out
 from server.settings import Settings
+from server.tally import Tally
 from server.telemetry import Metrics
+from server.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -22,13 +24,18 @@ logger = logging.getLogger(__name__)
 class Model:
     """Everything that belongs to one model and goes with it. `users` requests are being answered by it."""
 
-    def __init__(self, settings: Settings, backend: Backend, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, backend: Backend, metrics: Metrics, tracing: Tracing | None = None) -> None:
         self.stepping = Stepping(
-            backend, batch_size=settings.batch_size, concurrency=settings.concurrency, observer=self._batch
+            backend,
+            batch_size=settings.batch_size,
+            concurrency=settings.concurrency,
+            observer=self._batch,
+            tracer=tracing,
         )
-        self.pipeline = Pipeline(self.stepping)
+        self.pipeline = Pipeline(self.stepping) if tracing is None else Pipeline(self.stepping, tracing.phase)
         self.readiness = Readiness(self.pipeline, settings.readiness_ttl_s)
         self.users = 0
+        self.tally = Tally()
         self._backend = backend
         self._metrics = metrics
         self._patience_s = settings.drain_timeout_s
@@ -77,5 +84,6 @@ class Model:
 
     def _batch(self, kind: str, rows: int, seconds: float) -> None:
         self._metrics.batch(kind, rows, seconds)
+        self.tally.add(kind, rows, seconds)
         if kind == "decode":  # the last part of every answer: whatever went before it worked
             self.readiness.prove()

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from saccade import render
+from saccade import reel, render
 from saccade.render import Format, Render
 from saccade.tasks import TaskName
 from server import problems
@@ -77,3 +77,27 @@ def choose(task: TaskName, accept: str, wanted: Format | None, style: Render, un
         raise Problem(problems.NOT_ACCEPTABLE, f"{task} is answered as {offered}. Accept one of them, or give format.")
     render.check(task, chosen, style, uncertainty)
     return chosen
+
+
+def choose_of_several(task: TaskName, accept: str, wanted: Format | None, style: Render, uncertainty: bool) -> Format:
+    """The same for several answers at once: JSON, a ZIP of files of the format (for `application/zip` alone the first
+    that can carry what was asked, beside JSON), or an MP4."""
+    chosen = wanted or _liked_of_several(task, parse_accept(accept), style, uncertainty)
+    if chosen is None:
+        offered = ", ".join(dict.fromkeys(reel.media_type(kind) for kind in render.FORMATS_OF_SEVERAL[task]))
+        told = f"several answers of {task} come as {offered}. Accept one of them, or give format."
+        raise Problem(problems.NOT_ACCEPTABLE, told)
+    reel.check(task, chosen, style, uncertainty)
+    return chosen
+
+
+def _liked_of_several(task: TaskName, ranges: Sequence[Range], style: Render, uncertainty: bool) -> Format | None:
+    """The format of the media type that is liked best; of equals the first."""
+    fits = render.usable(task, style, uncertainty) or render.usable(task, style)
+    zipped = next((kind for kind in fits if kind != "json"), "png")
+    offered: list[Format] = [kind for kind in ("json", zipped, "mp4") if kind in render.FORMATS_OF_SEVERAL[task]]
+    if style != "data":
+        offered.remove("json")
+    liked = {kind: quality(ranges, reel.media_type(kind)) for kind in offered}
+    winner = max(liked, key=lambda kind: liked[kind])
+    return winner if liked[winner] > 0 else None

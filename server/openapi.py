@@ -7,10 +7,12 @@ from typing import Any, get_args
 
 import numpy as np
 
-from saccade import __version__, formats, render
+from saccade import __version__, formats, reel, render
 from saccade.card import Card
 from saccade.tasks import TASKS, TaskName
-from server import problems
+from server import mask, problems, several, v2
+from server.forms import VIDEO, Room
+from server.jobs import openapi as jobs
 from server.options import ALIASES, Option, table
 from server.problems import Kind
 from server.service import picture_names
@@ -26,6 +28,7 @@ PICTURES = {
     "image": "The picture: PNG, JPEG, WebP, BMP, TIFF or GIF.",
     "next_image": "The next frame, of the same size.",
     "mask": "The object's visible part: white on black, of the picture's size.",
+    "video": "Instead of pictures: MP4, WebM, AVI or GIF; each frame is asked about.",
 }
 REFUSALS = (
     problems.MALFORMED,
@@ -36,6 +39,7 @@ REFUSALS = (
     problems.INVALID,
     problems.OVERLOADED,
     problems.INTERNAL,
+    problems.NOT_INSTALLED,
     problems.UNAVAILABLE,
     problems.BACKEND_TIMEOUT,
 )
@@ -51,7 +55,7 @@ def document(settings: Settings) -> Json:
             "description": "Depth, motion and whole objects from pictures, by one diffusion transformer.",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
-        "paths": tasks | _plain_paths(),
+        "paths": tasks | mask.paths() | jobs.paths() | _plain_paths() | v2.paths(settings),
         "components": {"schemas": _schemas(), "responses": {kind.slug: _problem(kind) for kind in problems.KINDS}},
     }
 
@@ -63,15 +67,15 @@ def _operation(settings: Settings, task: TaskName) -> Json:
         "summary": SUMMARIES[task],
         "description": f"Answer: {TASKS[task].units}. Options go into the body or the query; what is left out is the "
         "model's default. The file type is chosen by `format`, else by the Accept header, and is JSON for `*/*`.",
-        "parameters": [_parameter(name, option) for name, option in _with_aliases(known).items()],
+        "parameters": [_parameter(name, option) for name, option in _with_aliases(known).items()] + jobs.HEADERS,
         "requestBody": {
             "required": True,
             "content": {
-                "multipart/form-data": _body(task, known, text=True),
-                "application/json": _body(task, known, text=False),
+                "multipart/form-data": _body(task, known, True, several.room(settings, task)),
+                "application/json": _body(task, known, False, several.room(settings, task)),
             },
         },
-        "responses": {"200": _answer(task)} | _refusals(REFUSALS),
+        "responses": {"200": _answer(task), "202": jobs.taken()} | _refusals(REFUSALS),
     }
 
 
@@ -89,21 +93,38 @@ def _parameter(name: str, option: Option) -> Json:
     }
 
 
-def _body(task: TaskName, known: dict[str, Option], text: bool) -> Json:
+def _body(task: TaskName, known: dict[str, Option], text: bool, room: Room) -> Json:
     names = picture_names(task)
-    pictures = {name: _picture(name, text) for name in names}
+    pictures = {name: _picture(name, text) if name == "next_image" else _pictures(name, text, room) for name in names}
+    pictures |= {VIDEO: _picture(VIDEO, text)} if room.video else {}
     options = {
         name: option.kind.schema(text) | {"description": option.help} for name, option in _with_aliases(known).items()
     }
     schema = {
         "type": "object",
-        "required": list(names),
+        "anyOf": [{"required": list(way)} for way in _ways(names, room)],
         "properties": pictures | options,
         "additionalProperties": False,
     }
     if text:
         return {"schema": schema}
     return {"schema": schema, "example": dict.fromkeys(names, _example_picture()) | {"steps": known["steps"].example}}
+
+
+def _ways(names: tuple[str, ...], room: Room) -> list[tuple[str, ...]]:
+    """What must be there: the task's pictures; or frames in a row; or a video."""
+    frames = [("image",)] if "next_image" in names else []
+    return [names, *frames, *([(VIDEO,)] if room.video else [])]
+
+
+def _pictures(name: str, text: bool, room: Room) -> Json:
+    """One, or several for as many answers."""
+    one = _picture(name, text)
+    told = f"{one.pop('description')} Several, in a row, give as many answers (of flow, one less)."
+    return {
+        "anyOf": [one, {"type": "array", "items": one, "minItems": 1, "maxItems": room.frames}],
+        "description": told,
+    }
 
 
 def _example_picture() -> str:
@@ -120,6 +141,8 @@ def _picture(name: str, text: bool) -> Json:
 def _answer(task: TaskName) -> Json:
     binary = {"schema": {"type": "string", "format": "binary"}}
     content = {render.MEDIA_TYPES[kind]: binary for kind in render.FORMATS[task]}
+    content |= {reel.media_type(kind): binary for kind in render.FORMATS_OF_SEVERAL[task]}
+    answers = {"anyOf": [_ref("Answer"), _ref("Answers")]}
     return {
         "description": "The answer, in the file type that was asked for.",
         "headers": {
@@ -132,7 +155,7 @@ def _answer(task: TaskName) -> Json:
             "Saccade-Units": _header("What the numbers mean."),
             "Server-Timing": _header("Milliseconds in queue, encode, denoise, decode, ensemble, and in total."),
         },
-        "content": content | {"application/json": {"schema": _ref("Answer")}},
+        "content": content | {"application/json": {"schema": answers}} | jobs.STREAM,
     }
 
 
@@ -158,9 +181,8 @@ def _problem(kind: Kind) -> Json:
 
 
 def _plain_paths() -> Json:
-    kinds: Json = {"type": "object"}
     return {
-        "/": {"get": _get("index", "What is here", "application/json", kinds)},
+        "/": {"get": _index()},
         "/models": {
             "get": _get(
                 "models",
@@ -184,6 +206,12 @@ def _plain_paths() -> Json:
     }
 
 
+def _index() -> Json:
+    index = _get("index", "What is here; for a browser, the page", "application/json", {"type": "object"})
+    index["responses"]["200"]["content"]["text/html"] = {"schema": {"type": "string"}}
+    return index
+
+
 def _get(name: str, summary: str, media_type: str, schema: Json, *refusals: Kind) -> Json:
     good = {"description": summary + ".", "content": {media_type: {"schema": schema}}}
     return {
@@ -199,6 +227,8 @@ def _schemas() -> Json:
     return {
         "Problem": _problem_schema(),
         "Answer": _answer_schema(),
+        **jobs.schemas(),
+        "Answers": _answers_schema(),
         "Map": _map_schema(),
         "Models": _object(default={"type": "string"}, models={"type": "array", "items": _ref("Card")}),
         "Ready": _ready_schema(),
@@ -259,7 +289,7 @@ def _answer_schema() -> Json:
         match_input_resolution={"type": "boolean"},
         output_uncertainty={"type": "boolean"},
     )
-    return _object(
+    schema = _object(
         task={"type": "string", "enum": list(get_args(TaskName))},
         model=text,
         digest=text,
@@ -270,6 +300,23 @@ def _answer_schema() -> Json:
         prediction=_ref("Map"),
         uncertainty=maybe_map,
         completed=maybe_map,
+    )
+    metres = _object(scale=number, shift=number, residual_m=number, inliers=count, points=count)
+    told = "Where known_depths were given: metres = scale * p + shift, p the answer without them; the median error of "
+    schema["properties"]["metres"] = metres | {"description": told + "all points, and how many agree with the fit."}
+    return schema
+
+
+def _answers_schema() -> Json:
+    """Of several pictures, or of a video."""
+    return _object(
+        answers={"type": "array", "items": _ref("Answer"), "minItems": 1},
+        fps={"type": ["number", "null"], "description": "Of a video's frames that were asked about."},
+        shots={
+            "type": ["array", "null"],
+            "items": {"type": "integer"},
+            "description": "With a steady scale: the first answers of each stretch that shares one.",
+        },
     )
 
 

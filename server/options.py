@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Protocol, cast, get_args
 
-from saccade import render
+from saccade import metres, render
 from saccade.errors import InvalidInput
 from saccade.pipeline import Options
 from saccade.render import Encoding, Format, Render
@@ -18,9 +18,10 @@ from saccade.tasks import TASKS, TaskName
 from server.settings import Settings
 
 ALIASES = {"timestep_spacing": "spacing"}
+PREVIEWS, MAX_PREVIEWS = 4, 20
 _INTEGER = re.compile(r"-?[0-9]{1,20}")
 _TRUTH = {"true": True, "1": True, "false": False, "0": False}
-Value = int | str | bool
+Value = int | str | bool | metres.Points
 
 
 class Given(NamedTuple):
@@ -92,6 +93,56 @@ class Boolean:
         return {"type": "string", "enum": list(_TRUTH)} if text else {"type": "boolean"}
 
 
+@dataclass(frozen=True)
+class Link:
+    """A URL, looked at more closely by whoever follows it."""
+
+    pattern = r"https?://[!-~]{1,2000}"
+
+    def read(self, value: object, text: bool) -> str | None:
+        return value if isinstance(value, str) and re.fullmatch(self.pattern, value) else None
+
+    def expected(self) -> str:
+        return "an https URL of at most 2000 characters"
+
+    def schema(self, text: bool) -> dict[str, Any]:
+        return {"type": "string", "format": "uri", "pattern": f"^{self.pattern}$"}
+
+
+@dataclass(frozen=True)
+class KnownDepths:
+    """[[x, y, metres], ...]; in text the same as JSON."""
+
+    most: int
+
+    def read(self, value: object, text: bool) -> metres.Points | None:
+        found = _json(value) if text else value
+        if not isinstance(found, list) or len(found) > self.most:
+            return None
+        rows = [row for row in found if isinstance(row, list) and len(row) == 3 and all(map(_is_number, row))]
+        return [(float(x), float(y), float(m)) for x, y, m in rows] if len(rows) == len(found) else None
+
+    def expected(self) -> str:
+        return f"a JSON array of 2 to {self.most} arrays [x, y, metres] of numbers"
+
+    def schema(self, text: bool) -> dict[str, Any]:
+        if text:
+            return {"type": "string", "contentMediaType": "application/json"}
+        row = {"type": "array", "items": {"type": "number"}, "minItems": 3, "maxItems": 3}
+        return {"type": "array", "items": row, "minItems": metres.MIN_POINTS, "maxItems": self.most}
+
+
+def _json(value: object) -> object:
+    try:
+        return json.loads(value) if isinstance(value, str) else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e15 < value < 1e15
+
+
 class Option(NamedTuple):
     kind: Kind
     help: str
@@ -102,6 +153,7 @@ def table(settings: Settings, task: TaskName) -> dict[str, Option]:
     """name -> option, for one task under the server's maxima."""
     size = Integer(0, settings.max_processing_resolution)
     return {
+        **_of_clips(settings, task),
         "steps": Option(Integer(1, settings.max_steps), "DDIM steps; more are slower and better.", 4),
         "ensemble_size": Option(Integer(1, settings.max_ensemble_size), "Members, each from its own noise.", 1),
         "reduction": Option(
@@ -118,12 +170,35 @@ def table(settings: Settings, task: TaskName) -> dict[str, Option]:
         "output_uncertainty": Option(
             Boolean(), "Add a map of the members' spread; needs ensemble_size of 2 or more.", False
         ),
-        "format": Option(Choice(render.FORMATS[task]), "The answer's file type; wins over Accept.", "json"),
+        "format": Option(Choice(render.FORMATS_OF_SEVERAL[task]), "The answer's file type; wins over Accept.", "json"),
         "render": Option(
             Choice(render.RENDERS[task]), "What a PNG shows: the data, colours to look at, or the object.", "data"
         ),
         "encoding": Option(Choice(get_args(Encoding)), "Of the maps inside a JSON answer.", "png16"),
+        "previews": Option(
+            Integer(0, MAX_PREVIEWS), "Of a stream of events: how many previews of the answer it shows.", PREVIEWS
+        ),
+        "webhook": Option(Link(), "Of a job: where to POST that it has ended.", "https://example.org/hook"),
     }
+
+
+def _of_clips(settings: Settings, task: TaskName) -> dict[str, Option]:
+    """What only depth, or only videos have."""
+    if task == "amodal":
+        return {}
+    frames = {
+        "frames_stride": Option(Integer(1, 1000), "Of a video: ask about every n-th frame.", 1),
+        "frames_limit": Option(Integer(1, settings.max_frames), "Of a video: ask about no more than the first n.", 16),
+    }
+    if task == "flow":
+        return frames
+    steady = Option(Boolean(), "One scale for all frames, each fitted to the one before (default: for videos).", True)
+    known = Option(
+        KnownDepths(metres.MAX_POINTS),
+        "Pixels whose distance is known, [[x, y, metres], ...]: the answer is then in metres.",
+        [(0.0, 0.0, 1.5), (31.0, 31.0, 4.0)],
+    )
+    return {"steady": steady, metres.PARAM: known, **frames}
 
 
 @dataclass(frozen=True)
@@ -134,6 +209,12 @@ class Wanted:
     format: Format | None
     render: Render
     encoding: Encoding | None
+    previews: int
+    webhook: str | None
+    steady: bool | None = None
+    known_depths: metres.Points | None = None
+    frames_stride: int | None = None
+    frames_limit: int | None = None
 
 
 def read(known: Mapping[str, Option], given: Iterable[Given]) -> Wanted:
@@ -147,7 +228,8 @@ def read(known: Mapping[str, Option], given: Iterable[Given]) -> Wanted:
         if value is None:
             raise InvalidInput(f"{name} must be {known[name].kind.expected()}, not {_shown(item.value)}", param=name)
         if values.setdefault(name, value) != value:
-            raise InvalidInput(f"{name} is given twice, as {values[name]} and as {value}; give it once", param=name)
+            twice = f"{name} is given twice, as {_shown(values[name])} and as {_shown(value)}; give it once"
+            raise InvalidInput(twice, param=name)
     return _wanted(values)
 
 
@@ -174,4 +256,10 @@ def _wanted(values: dict[str, Value]) -> Wanted:
         cast(Format | None, values.get("format")),
         cast(Render, values.get("render", "data")),
         cast(Encoding | None, values.get("encoding")),
+        cast(int, values.get("previews", PREVIEWS)),
+        cast(str | None, values.get("webhook")),
+        steady=cast(bool | None, values.get("steady")),
+        known_depths=cast(metres.Points | None, values.get(metres.PARAM)),
+        frames_stride=cast(int | None, values.get("frames_stride")),
+        frames_limit=cast(int | None, values.get("frames_limit")),
     )

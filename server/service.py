@@ -11,21 +11,26 @@ from typing import Any, TypeVar
 
 from starlette.types import Receive
 
-from saccade import formats, render
+from saccade import formats, render, sequence
 from saccade.backends.engines import default_threads
+from saccade.backends.stepping import Stepping
 from saccade.errors import InvalidInput
 from saccade.formats.pictures import open_picture, refusing
 from saccade.pipeline import Answer, Inputs, Resolved
 from saccade.render import Encoded, Format
 from saccade.tasks import TASKS, TaskName
-from server import options, problems
-from server.admission import Admission, Overloaded, Size, padded, work
+from server import guard, options, problems, several, tracing
+from server.admission import Admission, Overloaded, Size, footprint, padded, work
 from server.alias import Alias, Opener
+from server.drain import Drain
+from server.events import Witness
 from server.model import Model
 from server.options import Wanted
 from server.problems import ClientGone, Problem
 from server.settings import Settings
+from server.several import Several
 from server.telemetry import Metrics
+from server.watchdog import Watchdog
 
 T = TypeVar("T")
 
@@ -46,6 +51,7 @@ class Job:
     options: Resolved
     format: Format
     began: float
+    several: Several | None = None
 
 
 class Service:
@@ -53,8 +59,11 @@ class Service:
 
     def __init__(self, settings: Settings, open_backend: Opener, metrics: Metrics) -> None:
         self.settings, self.metrics = settings, metrics
-        self.alias = Alias(settings, open_backend, metrics)
+        self.tracing = tracing.opened(settings)
+        self.alias = Alias(settings, open_backend, metrics, tracing=self.tracing)
         self.admission = Admission(settings.queue_limit)
+        self.drain, self.guard = Drain(), guard.opened(settings.memory_limit_bytes, settings.memory_share)
+        self.watchdog = Watchdog(lambda: self.alias.open, settings.stuck_after_s)
         self.tables = {task: options.table(settings, task) for task in TASKS}
         self._pool = ThreadPoolExecutor(settings.threads or default_threads(), thread_name_prefix="pictures")
         self._gauges()
@@ -66,19 +75,38 @@ class Service:
 
     async def aclose(self) -> None:
         await self.alias.aclose()
+        if self.tracing is not None:
+            await self.tracing.aclose()
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why new requests should go elsewhere, whatever the model would say; None where there is no reason."""
+        if self.drain.leaving:
+            return "the server is shutting down"
+        return self.watchdog.fault or ("its memory is used up" if self.guard.exhausted else None)
 
     async def in_thread(self, function: Callable[[], T]) -> T:
         """Off the event loop, in a pool of its own: pictures wait for pictures and for nothing else."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function)
 
-    async def answer(self, job: Job) -> tuple[Answer, Encoded]:
+    async def cost(self, job: Job, previews: int = 0) -> float:
+        """Units of work. Raises Problem or InvalidInput where a picture's header says enough to refuse it."""
+        if job.several is not None:
+            return await several.cost(self, job, job.several, previews)
+        sizes = await self.in_thread(lambda: self.sizes(job.pictures))
+        self.check_size(job, sizes[0])
+        return work(job.model.card, job.task, job.options, sizes, previews)
+
+    async def answer(self, job: Job, watch: Witness | None = None) -> tuple[Answer, Encoded]:
         """Admit, decode, compute, encode. Raises Problem, InvalidInput, and what the pipeline raises."""
-        sizes = await self.in_thread(lambda: self._sizes(job.pictures))
-        self._check_size(job, sizes[0])
+        cost = await self.cost(job, 0 if watch is None else job.wanted.previews)
         try:
-            with self.admission.admit(work(job.model.card, job.task, job.options, sizes)):
-                return await self._compute(job)
+            with self.admission.admit(cost), self.guard.hold(await self._footprint(job)):
+                if watch is not None:
+                    frames = 1 if job.several is None else several.frames(job, job.several)
+                    watch.begin(job.task, job.options, job.wanted.previews, frames)
+                return await self._compute(job, watch)
         except Overloaded as error:
             self.metrics.rejected.labels(job.task).inc()
             raise Problem(
@@ -87,9 +115,23 @@ class Service:
                 retry_after_s=error.retry_after_s,
             ) from error
 
-    async def _compute(self, job: Job) -> tuple[Answer, Encoded]:
-        inputs = await self.in_thread(lambda: self._inputs(job))
-        answer = await job.model.pipeline(inputs, job.options)
+    async def _footprint(self, job: Job) -> int:
+        """Bytes that the request takes at its height."""
+        if job.several is not None:
+            rows = await several.sizes_of(self, job, job.several)
+        else:
+            rows = [tuple(await self.in_thread(lambda: self.sizes(job.pictures)))]
+        return footprint(job.model.card, job.task, job.options, rows)
+
+    async def _compute(self, job: Job, watch: Witness | None) -> tuple[Answer, Encoded]:
+        if job.several is not None:
+            answer, encoded = await several.compute(self, job, job.several, watch)
+            self.metrics.phases(job.task, answer.timings_ms)
+            return answer, encoded
+        inputs = await self.in_thread(lambda: self.inputs(job.task, job.pictures))
+        known = job.wanted.known_depths
+        seen = await sequence.ask(job.model.pipeline, [inputs], job.options, known=known, watch=watch)
+        answer = seen.answers[0]
         total_ms = (time.perf_counter() - job.began) * 1e3
         answer = replace(answer, timings_ms={**answer.timings_ms, "total": total_ms})
         self.metrics.phases(job.task, answer.timings_ms)
@@ -98,7 +140,7 @@ class Service:
         encoded = await self.in_thread(lambda: render.encode(answer, job.format, style, encoding, picture=picture))
         return answer, encoded
 
-    def _sizes(self, pictures: dict[str, bytes]) -> list[Size]:
+    def sizes(self, pictures: dict[str, bytes]) -> list[Size]:
         """(H, W) from the headers alone, before any pixel is decoded."""
         limit = self.settings.max_pixels
         sizes = []
@@ -107,7 +149,7 @@ class Service:
                 sizes.append((opened.height, opened.width))
         return sizes
 
-    def _check_size(self, job: Job, size: Size) -> None:
+    def check_size(self, job: Job, size: Size) -> None:
         most = self.settings.max_processing_resolution
         card = job.model.card
         given = padded(card, job.task, job.options, size)
@@ -118,18 +160,32 @@ class Service:
                 param="processing_resolution",
             )
 
-    def _inputs(self, job: Job) -> Inputs:
+    def inputs(self, task: TaskName, pictures: dict[str, bytes]) -> Inputs:
+        """Decode what is asked about. Raises InvalidInput."""
         limit = self.settings.max_pixels
         read = {
             name: formats.read_mask(data, max_pixels=limit, param=name)
             if name == "mask"
             else formats.read_picture(data, max_pixels=limit, param=name)
-            for name, data in job.pictures.items()
+            for name, data in pictures.items()
         }
-        return Inputs(job.task, **read)  # type: ignore[arg-type]
+        return Inputs(task, **read)  # type: ignore[arg-type]
+
+    def _lanes(self) -> list[Stepping]:
+        return [model.stepping for model in self.alias.open]
 
     def _gauges(self) -> None:
-        gauge, alias = self.metrics.gauge, self.alias
+        gauge, alias, guarded, watchdog = self.metrics.gauge, self.alias, self.guard, self.watchdog
+        lanes = self._lanes
+        gauge("saccade_queue_depth", "Requests with a row that waits.", lambda: sum(x.waiting_tickets for x in lanes()))
+        gauge("saccade_running_steps", "Denoising steps that run.", lambda: sum(x.running_steps for x in lanes()))
+        gauge("saccade_engine_stuck", "1 while an engine is stuck, else 0.", lambda: watchdog.stuck)
+        gauge("saccade_loop_lag_seconds", "How late the event loop was.", lambda: watchdog.lag_s)
+        gauge("saccade_memory_used_bytes", "Memory used, of the nearest limit.", lambda: guarded.nearest.used)
+        gauge("saccade_memory_limit_bytes", "The nearest limit.", lambda: guarded.nearest.limit)
+        gauge("saccade_memory_promised_bytes", "Memory promised to requests.", lambda: guarded.held)
+        gauge("saccade_leaving", "1 from SIGTERM on, else 0.", lambda: self.drain.leaving)
+        guarded.refused = self.metrics.memory_refused.inc
         gauge("saccade_queue_rows", "Rows that wait for a batch.", lambda: sum(m.stepping.waiting for m in alias.open))
         gauge("saccade_running_rows", "Rows in batches that run.", lambda: sum(m.stepping.running for m in alias.open))
         gauge("saccade_pending_work", "Admitted work, in steps of 256 x 256 px.", lambda: self.admission.pending)

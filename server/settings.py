@@ -20,6 +20,7 @@ from saccade.errors import InvalidInput
 PREFIX = "SACCADE_"
 CONFIG_VARIABLE = "SACCADE_CONFIG"
 _ENDPOINT = r"\s*([A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}\s*"
+ORIGIN = r"\s*https?://[A-Za-z0-9.:\[\]-]+\s*"
 ENDPOINTS = rf"^{_ENDPOINT}(,{_ENDPOINT})*$"
 
 
@@ -61,6 +62,14 @@ class Settings(BaseSettings):
     )
     max_pixels: int = Field(20_000_000, ge=64, description="Most pixels of one picture.")
     max_upload_bytes: int = Field(32 * 2**20, ge=1024, description="Most bytes of one picture file.")
+    max_frames: int = Field(120, ge=1, le=10_000, description="Most pictures, or frames of a video, in one request.")
+    max_clip_bytes: int = Field(
+        64 * 2**20, ge=1024, description="Most bytes of a video file, or of all pictures of one request together."
+    )
+    max_clip_pixels: int = Field(
+        64_000_000, ge=64, description="Most pixels of all pictures, or of the frames of a video, of one request."
+    )
+    video_timeout_s: float = Field(20, gt=0, description="Longest a video may take to decode.")
     max_steps: int = Field(100, ge=1, le=1000, description="Most DDIM steps a request may ask for.")
     max_ensemble_size: int = Field(20, ge=1, le=1000, description="Most ensemble members a request may ask for.")
     max_processing_resolution: int = Field(
@@ -78,11 +87,66 @@ class Settings(BaseSettings):
     drain_timeout_s: float = Field(30, gt=0, description="After SIGTERM, longest wait for accepted requests to finish.")
     readiness_ttl_s: float = Field(5, ge=0, description="How long a readiness result is kept.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log line shown.")
+    jobs_file: Path | None = Field(
+        None,
+        description="SQLite file of the jobs, which outlive the process; `off`: none. By default jobs-PORT.sqlite in "
+        "$STATE_DIRECTORY, $XDG_STATE_HOME/saccade or ~/.local/state/saccade, and none where that cannot be written or "
+        "`port` is 0.",
+    )
+    jobs_limit: int = Field(1000, ge=1, description="Most jobs kept, finished ones included; more get 429.")
+    jobs_max_bytes: int = Field(
+        4 * 2**30,
+        ge=2**20,
+        description="Most bytes of kept requests and results; when results alone fill it, jobs wait until some go.",
+    )
+    jobs_keep_s: float = Field(86400, gt=0, description="How long a finished job's result is kept.")
+    jobs_at_once: int = Field(2, ge=1, le=256, description="Jobs that run at the same time.")
+    jobs_timeout_s: float = Field(3600, gt=0, description="Longest a job may run.")
+    webhook_secret_file: Path | None = Field(
+        None, description="File of the secret that webhooks are signed with; without one there are no webhooks."
+    )
+    webhook_allow_private: bool = Field(
+        False, description="Let webhooks go to private addresses, and over http: for tests and closed networks."
+    )
+    log_format: Literal["text", "json"] = Field("text", description="Log lines for people, or JSON for machines.")
+    keys_file: Path | None = Field(
+        None, description="TOML file of API keys, looked at every second; without one everybody may ask."
+    )
+    cors_origins: str | None = Field(
+        None,
+        pattern=rf"^(\*|{ORIGIN}(,{ORIGIN})*)$",
+        description="Web pages that may ask, by origin: https://example.org; commas between several, * for all.",
+    )
+    tls_certificate: Path | None = Field(None, description="PEM file of the certificate and its chain: turns HTTPS on.")
+    tls_key: Path | None = Field(None, description="PEM file of the certificate's private key, without a passphrase.")
+    tls_client_ca: Path | None = Field(
+        None, description="PEM file of authorities: only clients with a certificate of theirs may connect."
+    )
+    memory_limit_bytes: int | None = Field(
+        None, ge=2**20, description="Most resident memory; by default what the control group or the machine has."
+    )
+    memory_share: float = Field(
+        0.9, gt=0, le=1, description="Share of the memory limit beyond which work is refused with 503."
+    )
+    stuck_after_s: float = Field(
+        60, gt=0, description="An engine that is busy and finishes no batch for so long is reported stuck: not ready."
+    )
+    drain_delay_s: float = Field(
+        0.5, ge=0, description="After SIGTERM, how long new connections are still accepted, until others know."
+    )
+    otlp_endpoint: str | None = Field(
+        None, description="Where traces go (OTLP over HTTP); by default OTEL_EXPORTER_OTLP_ENDPOINT; nowhere without."
+    )
 
     @property
     def endpoints(self) -> tuple[str, ...]:
         """Triton's, each once."""
         return tuple(dict.fromkeys(part.strip() for part in self.triton_url.split(",")))
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """Those that CORS lets in."""
+        return tuple(origin.strip() for origin in (self.cors_origins or "").split(",") if origin.strip())
 
     @property
     def concurrency(self) -> int:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from saccade.tasks import TASKS
 
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -21,6 +22,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)  # processor time, resident memory, open files, start
         self.requests = self._counter("saccade_requests", "Answered requests; 499: the client left.", "task", "status")
         self.request_seconds = self._histogram(
             "saccade_request_seconds", "From the first byte to the answer.", _SECONDS, "task"
@@ -29,8 +31,16 @@ class Metrics:
         self.batch_rows = self._histogram("saccade_batch_rows", "Rows that ran together.", _ROWS, "kind")
         self.batch_seconds = self._histogram("saccade_batch_seconds", "Time of one batch.", _SECONDS, "kind")
         self.rows = self._counter("saccade_rows", "Rows computed.", "kind")
+        self.http_requests = self._counter(
+            "saccade_http_requests", "Answers of every route.", "route", "method", "status"
+        )
+        self.in_flight = 0
+        self.gauge("saccade_in_flight_requests", "Requests that are being answered.", lambda: self.in_flight)
+        self.memory_refused = self._counter("saccade_memory_refused", "Requests refused for want of memory.")
         self.rejected = self._counter("saccade_rejected", "Requests refused because the queue was full.", "task")
         self.cancelled = self._counter("saccade_cancelled", "Requests withdrawn before their end.", "task", "reason")
+        self.jobs = self._counter("saccade_jobs_finished", "Jobs that ended by themselves.", "task", "status")
+        self.webhooks = self._counter("saccade_webhooks", "Tries to deliver a webhook.", "outcome")
         self.model_loads = self._counter("saccade_model_loads", "Attempts to open a model.", "outcome")
         for outcome in ("opened", "failed"):  # there from the start, so that a first failure is an increase
             self.model_loads.labels(outcome)
@@ -75,21 +85,37 @@ class _Info(Collector):
 
 
 class Telemetry:
-    """ASGI layer that counts the answers of the task routes."""
+    """ASGI layer that counts answers: all of them by route, those of the tasks with their seconds."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app, self.metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        task = str(scope.get("path", "")).removeprefix("/")
-        if scope["type"] != "http" or task not in TASKS:
+        if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        task = str(scope["path"]).removeprefix("/")
         began = time.perf_counter()
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self.metrics.requests.labels(task, str(message["status"])).inc()
-                self.metrics.request_seconds.labels(task).observe(time.perf_counter() - began)
+                status = str(message["status"])
+                self.metrics.http_requests.labels(_route(scope), _method(scope), status).inc()
+                if task in TASKS:
+                    self.metrics.requests.labels(task, status).inc()
+                    self.metrics.request_seconds.labels(task).observe(time.perf_counter() - began)
             await send(message)
 
-        await self.app(scope, receive, counted)
+        self.metrics.in_flight += 1
+        try:
+            await self.app(scope, receive, counted)
+        finally:
+            self.metrics.in_flight -= 1
+
+
+def _route(scope: Scope) -> str:
+    """The route's pattern, of which there are few, and never the path, which a stranger makes up."""
+    return str(getattr(scope.get("route"), "path", "none"))
+
+
+def _method(scope: Scope) -> str:
+    return str(scope["method"]) if scope["method"] in METHODS else "other"

@@ -91,7 +91,7 @@ async def running(backend: Backend, **settings: Any) -> AsyncIterator[House]:
 @asynccontextmanager
 async def housed(opener: Opener, **settings: Any) -> AsyncIterator[House]:
     """The app around the backends that `opener` gives it."""
-    app = create_app(Settings.load(**{"batch_size": 1, **settings}), opener)
+    app = create_app(Settings.load(**{"batch_size": 1, "jobs_file": "off", **settings}), opener)
     transport = httpx.ASGITransport(app)
     async with (
         asyncio.timeout(30),

@@ -17,8 +17,8 @@ import httpx
 from tests.server.house import parse_metrics
 
 PROGRAM = "from server.app import serve; from server.settings import Settings; serve(Settings.load())"
-ADDRESS = re.compile(r"starts on (http://[\d.]+:\d+)")
-PATIENCE_S = 30
+ADDRESS = re.compile(r"starts on (https?://[\d.]+:\d+)")
+PATIENCE_S = 60
 
 
 class Process:
@@ -70,21 +70,28 @@ def environment(repository: Path, **settings: object) -> dict[str, str]:
     return kept | named
 
 
-def spawn(repository: Path, log: IO[str], **settings: object) -> subprocess.Popen[str]:
+def spawn(repository: Path, log: IO[str], program: str = PROGRAM, **settings: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM], env=environment(repository, **settings), stdout=log, stderr=log, text=True
+        [sys.executable, "-c", program], env=environment(repository, **settings), stdout=log, stderr=log, text=True
     )
 
 
 @contextmanager
 def started(repository: Path, **settings: object) -> Iterator[Process]:
     """A server that accepts requests; killed at the end if it still runs."""
+    with listening(repository, **settings) as process:
+        process.until(process.alive)
+        yield process
+
+
+@contextmanager
+def listening(repository: Path, program: str = PROGRAM, **settings: object) -> Iterator[Process]:
+    """A server that has said where it will be."""
     path = repository.parent / f"server-{time.monotonic_ns()}.log"
-    with path.open("w") as log, spawn(repository, log, **settings) as popen:
+    with path.open("w") as log, spawn(repository, log, program, **settings) as popen:
         process = Process(popen, path)
         try:
             process.until(process.find_address)
-            process.until(process.alive)
             yield process
         finally:
             popen.kill()

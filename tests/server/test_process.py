@@ -120,7 +120,7 @@ def test_a_missing_repository_is_one_plain_line(tmp_path: Path) -> None:
 def refusal(repository: Path, log: Path, hint: str, **settings: object) -> None:
     with log.open("w") as stream:
         popen: subprocess.Popen[str] = spawn(repository, stream, **settings)
-        assert popen.wait(30) != 0
+        assert popen.wait(60) != 0
     said = log.read_text()
     assert hint in said.splitlines()[-1]
     assert "Traceback" not in said

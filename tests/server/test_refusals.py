@@ -40,7 +40,7 @@ def send(backend: Backend, method: str, path: str, **request: Any) -> httpx.Resp
     """One request; afterwards the server must still answer a good one."""
 
     async def once() -> httpx.Response:
-        async with running(backend, max_upload_bytes=200_000, max_pixels=1_000_000) as house:
+        async with running(backend, max_upload_bytes=200_000, max_clip_bytes=200_000, max_pixels=1_000_000) as house:
             response = await house.client.request(method, path, **request)
             assert (await house.ask("depth")).status_code == 200
             assert house.service.admission.requests == 0
@@ -225,12 +225,12 @@ FILE = b'Content-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
         (multipart(end=b"x"), 400, "malformed-request", None),
         (multipart(b"Content-Disposition: form-data\r\n\r\nx"), 400, "malformed-request", None),
         (multipart(b"nonsense"), 400, "malformed-request", None),
-        (multipart(*[FILE] * 5), 400, "malformed-request", None),
+        (multipart(*[FILE] * 130), 400, "malformed-request", None),
         (multipart(*[b'Content-Disposition: form-data; name="a"\r\n\r\n1'] * 50), 400, "malformed-request", None),
         (multipart(b'Content-Disposition: form-data; name="steps"\r\n\r\n' + b"1" * 20_000), 400,
          "malformed-request", None),
         (multipart(b"X: " + b"y" * 100_000 + b"\r\n\r\n1"), 400, "malformed-request", None),
-        (multipart(FILE, FILE), 422, "invalid-input", "image"),
+        (multipart(FILE.replace(b"image", b"video"), FILE.replace(b"image", b"video")), 422, "invalid-input", "video"),
         (multipart(FILE, end=b""), 400, "malformed-request", None),
         (multipart(), 422, "invalid-input", "image"),
         (multipart(b'Content-Disposition: form-data; name="image"\r\n\r\nabc'), 422, "invalid-input", "image"),
