@@ -154,7 +154,7 @@ def table(settings: Settings, task: TaskName) -> dict[str, Option]:
     size = Integer(0, settings.max_processing_resolution)
     return {
         **_of_clips(settings, task),
-        "steps": Option(Integer(1, settings.max_steps), "DDIM steps; more are slower and better.", 4),
+        "steps": Option(Integer(1, settings.max_steps), "DDIM steps: how often each member is refined.", 4),
         "ensemble_size": Option(Integer(1, settings.max_ensemble_size), "Members, each from its own noise.", 1),
         "reduction": Option(
             Choice(TASKS[task].reductions), "How members become one answer.", TASKS[task].reductions[0]

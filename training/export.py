@@ -228,6 +228,9 @@ def describe(
     labels = {task: fact["label"] for task, fact in facts["tasks"].items()}
     if any(label != TASKS.index(task) for task, label in labels.items()):
         raise ValueError(f"the facts label the tasks {labels}, the model was trained with their places in {TASKS}")
+    knee = facts["tasks"]["depth"].get("coding", {}).get("knee") if "depth" in facts["tasks"] else recipe.depth_knee
+    if (knee or 0) != recipe.depth_knee:
+        raise ValueError(f"the facts code depth with knee {knee}, the model was trained with {recipe.depth_knee or None}")
     training = {**facts["training"], "samples": run["samples"], "wall_clock_s": run["wall_clock_s"]}
     known = {
         "parameters": sum(p.numel() for p in model.parameters()),

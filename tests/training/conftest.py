@@ -61,4 +61,4 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe(shards: Path) -> Recipe:
     """Two short stages of a network of a few ten thousand weights."""
     stages = (Stage(2, ((32, 48), (48, 32)), 2, 4e-3, 2e-3), Stage(2, ((32, 32),), 1, 1e-3, 1e-4, draws=3))
-    return Recipe(scenes=str(shards), stages=stages, warmup=2, model=TINY)
+    return Recipe(scenes=str(shards), stages=stages, warmup=2, model=TINY, depth_knee=0.0)

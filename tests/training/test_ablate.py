@@ -32,7 +32,7 @@ FACTS = {
 def config(recipe: Recipe, tmp_path: Path) -> Path:
     path = tmp_path / "ablations.toml"
     short = replace(recipe, stages=recipe.stages[1:])
-    changes = '[changes.linear]\nabout = "depth coded linearly"\ndepth_knee = 0.0\n\n'
+    changes = '[changes.knee]\nabout = "depth coded with a knee"\ndepth_knee = 0.3\n\n'
     changes += '[changes.shallow]\nabout = "no tracker"\nmodel = { track = false }\n'
     path.write_text(toml(short) + "\n" + changes)
     return path
@@ -45,15 +45,15 @@ def test_every_change_is_trained_judged_and_told_once(config: Path, shards: Path
     command = [str(config), str(judged_on), "--facts", str(facts), "--out", str(out)]
     ablate.main(command)
     lines = (out / "ablations.md").read_text().splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| as it is", "| depth coded linearly", "| no tracker"]
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| as it is", "| depth coded with a knee", "| no tracker"]
     assert all(line.count("%)") == 3 for line in lines[3:])
     results = {path.parent.name: path.stat().st_mtime_ns for path in out.glob("*/result.json")}
-    assert set(results) == {"as-it-is", "linear", "shallow"}
+    assert set(results) == {"as-it-is", "knee", "shallow"}
     ablate.main(command)
     assert {path.parent.name: path.stat().st_mtime_ns for path in out.glob("*/result.json")} == results
 
 
 def test_a_change_that_no_recipe_has_is_refused(config: Path) -> None:
-    config.write_text(config.read_text().replace("depth_knee = 0.0\n\n", "depth_nee = 0.0\n\n"))
+    config.write_text(config.read_text().replace("depth_knee = 0.3\n\n", "depth_nee = 0.3\n\n"))
     with pytest.raises(TypeError, match="depth_nee"):
         list(ablate.read(config))

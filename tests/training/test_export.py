@@ -247,6 +247,14 @@ def test_labels_that_the_model_was_not_trained_with_are_refused(exported: Export
         export.describe(exported.model, exported.recipe, run, facts, MODELS, {})
 
 
+def test_a_depth_code_that_the_model_was_not_trained_with_is_refused(exported: Exported) -> None:
+    facts = json.loads(FACTS.read_text())
+    facts["tasks"]["depth"]["coding"].pop("knee")
+    run = {"samples": 1, "wall_clock_s": 1.0}
+    with pytest.raises(ValueError, match="trained with 0.2"):
+        export.describe(exported.model, exported.recipe, run, facts, MODELS, {})
+
+
 def test_a_measured_curve_is_written_into_the_card_and_nothing_else_changes(tmp_path: Path) -> None:
     repository = Repository(build(tmp_path / "repository"))
     before, card = repository.config("toy"), repository.card("toy")
