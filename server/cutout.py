@@ -1,8 +1,7 @@
-"""From a few clicks to an object's outline: GrabCut, on a small copy of the picture and for a bounded time."""
+"""From a few clicks to an object's outline: GrabCut, on a small copy of the picture and for a few rounds."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import cv2
@@ -15,7 +14,6 @@ from server.hints import Hints
 
 EDGE = 400
 ROUNDS = 4
-PATIENCE_S = 2.0
 DISC = 0.012
 GUESS = 0.22
 CRUMB = 0.1
@@ -25,8 +23,8 @@ _SEED = 1
 def cut_out(picture: Picture, hints: Hints, gone: Callable[[], bool] = lambda: False) -> Mask:
     """[H, W, 3] -> [H, W], the object that the hints show. The same hints give the same mask.
 
-    Looks at a copy of at most `EDGE` px, for at most `ROUNDS` rounds; starts none after `PATIENCE_S`, or once `gone`.
-    Raises InvalidInput for hints outside the picture, or if nothing stands out.
+    Looks at a copy of at most `EDGE` px, for at most `ROUNDS` rounds; starts none once `gone`. Raises InvalidInput for
+    hints outside the picture, or if nothing stands out.
     """
     height, width = picture.shape[:2]
     hints.check_inside(height, width)
@@ -61,11 +59,11 @@ def _trimap(hints: Hints, size: tuple[int, ...], source: tuple[int, int]) -> NDA
 
 
 def _refined(small: Picture, trimap: NDArray[np.uint8], gone: Callable[[], bool]) -> NDArray[np.uint8]:
-    began, models = time.monotonic(), [np.zeros((1, 65)) for _ in range(2)]
+    models = [np.zeros((1, 65)) for _ in range(2)]
     cv2.setRNGSeed(_SEED)
     for round_ in range(ROUNDS):
         foreground = np.isin(trimap, (cv2.GC_FGD, cv2.GC_PR_FGD))
-        if gone() or time.monotonic() - began > PATIENCE_S or foreground.all() or not foreground.any():
+        if gone() or foreground.all() or not foreground.any():
             break
         mode = cv2.GC_EVAL if round_ else cv2.GC_INIT_WITH_MASK
         cv2.grabCut(small, trimap, (0, 0, 0, 0), models[0], models[1], 1, mode)

@@ -230,7 +230,7 @@ def describe(
         raise ValueError(f"the facts label the tasks {labels}, the model was trained with their places in {TASKS}")
     knee = facts["tasks"]["depth"].get("coding", {}).get("knee") if "depth" in facts["tasks"] else recipe.depth_knee
     if (knee or 0) != recipe.depth_knee:
-        raise ValueError(f"the facts code depth with knee {knee}, the model was trained with {recipe.depth_knee or None}")
+        raise ValueError(f"the facts code depth with knee {knee}, the model was trained with {recipe.depth_knee:g}")
     training = {**facts["training"], "samples": run["samples"], "wall_clock_s": run["wall_clock_s"]}
     known = {
         "parameters": sum(p.numel() for p in model.parameters()),

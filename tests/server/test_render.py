@@ -41,4 +41,4 @@ def test_a_mask_without_its_picture_is_shown_on_grey() -> None:
 
 
 def test_every_format_has_a_media_type_and_a_task() -> None:
-    assert set(render.MEDIA_TYPES) == {kind for kinds in render.FORMATS.values() for kind in kinds}
+    assert set(render.MEDIA_TYPES) == {kind for kinds in render.FORMATS_OF_SEVERAL.values() for kind in kinds}

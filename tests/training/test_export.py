@@ -251,7 +251,7 @@ def test_a_depth_code_that_the_model_was_not_trained_with_is_refused(exported: E
     facts = json.loads(FACTS.read_text())
     facts["tasks"]["depth"]["coding"].pop("knee")
     run = {"samples": 1, "wall_clock_s": 1.0}
-    with pytest.raises(ValueError, match="trained with 0.2"):
+    with pytest.raises(ValueError, match=r"trained with 0\.2"):
         export.describe(exported.model, exported.recipe, run, facts, MODELS, {})
 
 
