@@ -46,7 +46,8 @@ async def spawned(
     with (log or Path(os.devnull)).open("ab") as out:
         process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
     try:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=300) as client:
+        free = httpx.Limits(max_connections=None)  # what waits is the server's, not the client's
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=300, limits=free) as client:
             await _ready(client, process)
             yield client, process
     finally:

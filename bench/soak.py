@@ -110,8 +110,8 @@ async def one(client: httpx.AsyncClient, found: Soak, turn: int, luck: float) ->
     try:
         if luck < 0.05:
             with suppress(TimeoutError):
-                async with asyncio.timeout(LEAVE_S):
-                    await ask(client, task)
+                async with asyncio.timeout(LEAVE_S), httpx.AsyncClient(base_url=client.base_url) as own:
+                    await ask(own, task)
             found.answers["left"] += 1
         elif luck < 0.1:
             status = (await client.post(f"/{task}", files={"image": ("a.png", b"no picture")})).status_code
@@ -126,12 +126,13 @@ async def one(client: httpx.AsyncClient, found: Soak, turn: int, luck: float) ->
 
 async def sample(client: httpx.AsyncClient, found: Soak, seconds: float) -> None:
     began = time.perf_counter()
-    while (now := time.perf_counter() - began) < seconds:
-        text = (await client.get("/metrics")).text
-        values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-        memory, files, in_flight = (float(values[name]) for name in WATCHED)
-        found.samples.append((now, memory, files, in_flight))
-        await asyncio.sleep(seconds / SAMPLES)
+    async with httpx.AsyncClient(base_url=client.base_url, timeout=60) as own:
+        while (now := time.perf_counter() - began) < seconds:
+            text = (await own.get("/metrics")).text
+            values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+            memory, files, in_flight = (float(values[name]) for name in WATCHED)
+            found.samples.append((now, memory, files, in_flight))
+            await asyncio.sleep(seconds / SAMPLES)
 
 
 def told(found: Soak, minutes: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -57,19 +57,15 @@ class Shared:
     def _ask_for(
         self,
         task: TaskName,
-        pictures: Mapping[str, ImageLike | list[ImageLike]],
+        pictures: Mapping[str, ImageLike] | Sequence[tuple[str, ImageLike]],
         choices: Choices,
         more: Mapping[str, object] | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> httpx.Request:
         if unknown := choices.keys() - Choices.__annotations__.keys():
             raise TypeError(f"no such option: {', '.join(sorted(unknown))}")
-        rows = {name: image if isinstance(image, list) else [image] for name, image in pictures.items()}
-        files = [
-            (name, (name, to_bytes(image, name), "application/octet-stream"))
-            for name, row in rows.items()
-            for image in row
-        ]
+        named = pictures.items() if isinstance(pictures, Mapping) else pictures
+        files = [(name, (name, to_bytes(image, name), "application/octet-stream")) for name, image in named]
         given = {**choices, **(more or {}), "format": "json", "encoding": "npy"}
         fields = {name: _text(value) for name, value in given.items() if value is not None}
         return self._build("POST", f"/{task}", files=files, data=fields, headers=headers)

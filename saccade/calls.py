@@ -61,18 +61,21 @@ def to_bytes(image: ImageLike, param: str) -> bytes:
         return _save(_from_array(image, param), param)
     if isinstance(image, Image.Image):
         return _save(image, param)
-    raise InvalidInput(
-        f"{param} must be a path, bytes, a PIL image or an array, not {type(image).__name__}", param=param
-    )
+    raise InvalidInput(f"{param} must be a path, bytes, a PIL image or an array, not {_kind(image)}", param=param)
 
 
-def parts(frames: Frames) -> dict[str, ImageLike | list[ImageLike]]:
+def _kind(given: object) -> str:
+    several = "; several: use depths() or flows()" if isinstance(given, list | tuple) else ""
+    return type(given).__name__ + several
+
+
+def parts(frames: Frames) -> list[tuple[str, ImageLike]]:
     """Frames under the names that the server takes them by. Raises InvalidInput for none."""
     if isinstance(frames, str | os.PathLike | bytes):
-        return {"video": frames}
+        return [("video", frames)]
     if not len(frames):
         raise InvalidInput("there are no frames", param="image")
-    return {"image": list(frames)}
+    return [("image", image) for image in frames]
 
 
 def points(known: Known | None) -> list[tuple[float, float, float]] | None:

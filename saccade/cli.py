@@ -326,12 +326,20 @@ def job(
     where: Where = Where(),
 ) -> None:
     """Wait for the answer to what was left with a server, and write it."""
+    from saccade.later import OtherAnswer
+    from saccade.render import MEDIA_TYPES
+
     with _server(where) as client:
         if cancel:
             return client.cancel(identity)
         errand = collect(out or Path(f"{identity}.png"), format)
-        answer = client.result(identity)
-    errand.out.write_bytes(_written(answer, errand, Asking()))
+        try:
+            data = _written(client.result(identity), errand, Asking())
+        except OtherAnswer as other:
+            if other.media_type != MEDIA_TYPES[errand.format]:
+                raise
+            data = other.data
+    errand.out.write_bytes(data)
     typer.echo(errand.out)
 
 
@@ -471,6 +479,8 @@ def _complain(error: BaseException, about: str = "") -> None:
 
 def _said(error: BaseException) -> str:
     said = [str(error) or type(error).__name__, *getattr(error, "__notes__", ())]
+    if isinstance(error, ServerError) and error.status == 401:
+        said.append("(Here: --api-key, or SACCADE_API_KEY.)")
     return " ".join(" ".join(said).split())
 
 
@@ -507,7 +517,8 @@ def _answer(task: Task, errands: Sequence[Errand], asking: Asking) -> None:
 
 def _answer_clip(task: Task, inputs: Sequence[Path], out: Path | None, asking: AskingFrames) -> None:
     if asking.later:
-        raise InvalidInput("--later is for pictures one by one", param="later")
+        told = "--later is for pictures one by one: leave a video, or pictures with one scale, with curl and the header"
+        raise InvalidInput(f"{told} 'Prefer: respond-async' (docs/jobs.md)", param="later")
     from saccade import reel
 
     where, format = clips.target(task, inputs, out, asking.format)

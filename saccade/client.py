@@ -23,7 +23,7 @@ from saccade.asking import DEFAULT_URL, RETRIES, WATCHING, Retries, Shared
 from saccade.calls import Choices, Frames, ImageLike, Known, parts, points_text
 from saccade.card import Card
 from saccade.errors import BackendUnavailable
-from saccade.later import Job, Reader, Update, ended
+from saccade.later import Job, Update, ended
 from saccade.pipeline import Answer
 from saccade.sequence import Seen
 from saccade.tasks import TaskName
@@ -144,7 +144,8 @@ class Client(Shared):
         return self._updates(self._build("GET", f"{asking.path(job)}/events", headers=WATCHING))
 
     def result(self, job: Job | str) -> Answer:
-        """A job's answer, waiting for it, through restarts of the server. Raises ServerError for a job that failed."""
+        """A job's answer, waiting for it, through restarts of the server. Raises ServerError for a job that failed,
+        and OtherAnswer, which has the bytes, for one that was asked for in another format."""
         tried = 0
         while True:
             try:
@@ -183,7 +184,7 @@ class Client(Shared):
             if not response.is_success:
                 response.read()
                 replies.read(response)
-            reader = Reader(replies.answer_of)
+            reader = replies.reader(response)
             for line in response.iter_lines():
                 if (update := replies.update(reader, line, response)) is not None:
                     yield update
@@ -368,7 +369,7 @@ class AsyncClient(Shared):
                 if not response.is_success:
                     await response.aread()
                     replies.read(response)
-                reader = Reader(replies.answer_of)
+                reader = replies.reader(response)
                 async for line in response.aiter_lines():
                     if (update := replies.update(reader, line, response)) is not None:
                         yield update

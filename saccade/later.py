@@ -75,6 +75,15 @@ class Job:
         return cls(**{name: document[name] for name in ("id", "status", "task", "problem", "webhook")}, **times)
 
 
+class OtherAnswer(ServerError):
+    """A job's answer is there, and is none that the clients read: another format, or several answers. `data` is it."""
+
+    def __init__(self, what: str, media_type: str, data: bytes, url: str) -> None:
+        told = f"this job's answer is {what}: fetch it from {url}"
+        super().__init__(200, {"title": "Another format", "detail": told})
+        self.media_type, self.data = media_type, data
+
+
 class Reader:
     """Turns the lines of a stream of events into updates; `answer` reads the JSON answer."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from saccade.card import Card
 from saccade.errors import ServerError
 from saccade.formats import read_npy
 from saccade.formats.pictures import open_picture
-from saccade.later import Job, Reader, Update
+from saccade.later import Job, OtherAnswer, Reader, Update
 from saccade.metres import Metres
 from saccade.pipeline import Answer, Resolved
 from saccade.sequence import Seen
@@ -67,6 +68,32 @@ def answer_of(document: Mapping[str, Any]) -> Answer:
         document["timings_ms"],
         Metres(**document["metres"]) if "metres" in document else None,
     )
+
+
+def reader(response: httpx.Response) -> Reader:
+    """Of a request's events, or of a job's, whose answer may be one that somebody asked for in another form."""
+    job, events, _ = response.request.url.path.rpartition("/events")
+    url = str(response.request.url.copy_with(path=f"{job}/result"))
+
+    def read_event(document: Mapping[str, Any]) -> Answer:
+        if events and (other := _other(document, url)) is not None:
+            raise other
+        return answer_of(document)
+
+    return Reader(read_event)
+
+
+def _other(document: Mapping[str, Any], url: str) -> OtherAnswer | None:
+    if "media_type" in document:
+        kind = document["media_type"]
+        return OtherAnswer(kind, kind, base64.b64decode(document["data"], validate=True), url)
+    if "answers" in document:
+        what = "several (application/json)"
+    elif document["prediction"]["encoding"] != "npy":
+        what = "application/json with its maps as PNG"
+    else:
+        return None
+    return OtherAnswer(what, "application/json", json.dumps(document).encode(), url)
 
 
 def seen(response: httpx.Response) -> Seen:

@@ -201,20 +201,26 @@ class EventStream(Response):
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", "Vary": "Accept"})
         del self.headers["content-length"]
         self._events, self._last, self._working = events, last, working
+        events.followers += 1  # from here on: what ends before the first byte is sent is told too
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._events.followers += 1
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            await self._send_all(send)
+            await self._follow(receive, send)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except ClientGone:
+            return
         finally:
             self._events.followers -= 1
             if self._working is not None:
                 self._working.cancel()
                 await asyncio.gather(self._working, return_exceptions=True)
 
-    async def _send_all(self, send: Send) -> None:
+    async def _follow(self, receive: Receive, send: Send) -> None:
+        """To the end. Raises ClientGone, where it is not `working` that hears of it."""
+        await self.send_all(send)
+
+    async def send_all(self, send: Send) -> None:
         while True:
             if waiting := self._events.since(self._last):
                 self._last = waiting[-1].id

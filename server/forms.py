@@ -113,9 +113,11 @@ class Form:
     def _check_rows(self, names: tuple[str, ...]) -> None:
         if "next_image" in self.pictures:
             raise InvalidInput("frames go into image, one after the other: leave next_image out", param="next_image")
-        if "next_image" in names and len(self.rows["image"]) < 2:
+        if "next_image" in names and len(self.rows.get("image", [])) < 2:
             raise InvalidInput("flow needs two frames or more", param="image")
-        counts = {name: len(self.rows.get(name, [b""])) for name in names if name in self.pictures}
+        # In the order of `names`, as the sizes of the first are what counts; one alone is a row of one.
+        self.rows = {name: self.rows.get(name, [self.pictures[name]]) for name in names if name in self.pictures}
+        counts = {name: len(row) for name, row in self.rows.items()}
         if len(set(counts.values())) > 1:
             told = " and ".join(f"{count} of {name}" for name, count in counts.items())
             raise InvalidInput(f"each image needs its own: there are {told}", param=names[-1])

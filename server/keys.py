@@ -15,7 +15,7 @@ import secrets
 import shutil
 import time
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -126,7 +126,8 @@ class Ring:
 
     def wait_s(self, key: Key) -> float:
         """0 if the key may ask now, else the seconds until it may."""
-        return self._buckets[key.name][1].take() if key.name in self._buckets else 0.0
+        found = self._buckets.get(key.name)  # once: `look` puts others in their place from its own thread
+        return 0.0 if found is None else found[1].take()
 
     def _bucket(self, key: Key) -> tuple[Key, Bucket]:
         """The key's own; a change of another one does not fill it up again."""
@@ -207,10 +208,11 @@ def is_open(path: str) -> bool:
     return path == "/" or any(_under(path, known) for known in OPEN)
 
 
-def needed(path: str, headers: Mapping[str, str]) -> set[ScopeName]:
+def needed(path: str, headers: Headers) -> set[ScopeName]:
     """The scopes that a request must have; what answers later is fetched as a job."""
     wanted = {scope for known, scope in NEEDED.items() if _under(path, known)}
-    return wanted | ({"jobs"} if "respond-async" in headers.get("prefer", "").lower() else set())
+    later = "respond-async" in ",".join(headers.getlist("prefer")).lower()
+    return wanted | ({"jobs"} if later else set())
 
 
 def _under(path: str, known: str) -> bool:
@@ -236,17 +238,16 @@ class Keys:
     def _check(self, scope: Scope) -> None:
         path, headers = str(scope["path"]), Headers(scope=scope)
         given = _given(headers)
-        if is_open(path) and given is None:
-            return
         key = None if given is None else self.ring.find(given)
+        if key is not None:
+            state(scope)["key"] = key.name
+        if is_open(path):
+            return
         if key is None:
-            if is_open(path):
-                return
             raise Problem(problems.UNAUTHORIZED, f"{_said(given)} Send one as Authorization: Bearer {MARK}...")
-        state(scope)["key"] = key.name
         if lacking := sorted(needed(path, headers) - set(key.scopes)):
             raise Problem(problems.FORBIDDEN, f"This key lacks the scope {' and '.join(lacking)}. Ask its issuer.")
-        if not is_open(path) and (wait_s := self.ring.wait_s(key)):
+        if wait_s := self.ring.wait_s(key):
             raise Problem(problems.RATE_LIMITED, "This key has asked too often. Ask less often.", retry_after_s=wait_s)
 
 

@@ -14,8 +14,9 @@ from starlette.types import Receive
 from saccade import formats, render, sequence
 from saccade.backends.engines import default_threads
 from saccade.backends.stepping import Stepping
-from saccade.errors import InvalidInput
+from saccade.errors import InvalidInput, UnsupportedPicture
 from saccade.formats.pictures import open_picture, refusing
+from saccade.formats.video import is_video
 from saccade.pipeline import Answer, Inputs, Resolved
 from saccade.render import Encoded, Format
 from saccade.tasks import TASKS, TaskName
@@ -66,6 +67,7 @@ class Service:
         self.watchdog = Watchdog(lambda: self.alias.open, settings.stuck_after_s)
         self.tables = {task: options.table(settings, task) for task in TASKS}
         self._pool = ThreadPoolExecutor(settings.threads or default_threads(), thread_name_prefix="pictures")
+        self.clips = several.Clips()
         self._gauges()
 
     async def begin(self) -> None:
@@ -78,6 +80,7 @@ class Service:
         if self.tracing is not None:
             await self.tracing.aclose()
         self._pool.shutdown(wait=False, cancel_futures=True)
+        self.clips.close()
 
     @property
     def obstacle(self) -> str | None:
@@ -145,8 +148,13 @@ class Service:
         limit = self.settings.max_pixels
         sizes = []
         for name, data in pictures.items():
-            with refusing(name), open_picture(data, max_pixels=limit, param=name) as opened:
-                sizes.append((opened.height, opened.width))
+            try:
+                with refusing(name), open_picture(data, max_pixels=limit, param=name) as opened:
+                    sizes.append((opened.height, opened.width))
+            except UnsupportedPicture as error:
+                if "mask" in pictures or not is_video(data):
+                    raise
+                raise UnsupportedPicture(f"{error} This looks like a video: send it as `video`.", param=name) from error
         return sizes
 
     def check_size(self, job: Job, size: Size) -> None:

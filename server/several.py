@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from saccade import reel, sequence
 from saccade.errors import InvalidInput, PictureTooLarge
@@ -14,14 +18,62 @@ from saccade.pipeline import Answer, Inputs
 from saccade.render import Encoded
 from saccade.sequence import Seen
 from saccade.tasks import TaskName
+from server import problems
 from server.admission import Size, work
 from server.events import Witness
 from server.forms import VIDEO, Form, Room
 from server.options import Wanted
+from server.problems import Problem
 from server.settings import Settings
 
 if TYPE_CHECKING:
     from server.service import Job, Service
+
+RETRY_S = 10.0
+T = TypeVar("T")
+Hold = Callable[[], AbstractContextManager[None]]
+
+
+class Clips:
+    """Threads of their own for videos, which take seconds: pictures never wait behind them.
+
+    Who leaves does not stop a decoder: its place and its memory are given back when it ends.
+    """
+
+    def __init__(self, threads: int = 2, most_waiting: int = 8) -> None:
+        self.waiting, self._most_waiting = 0, most_waiting
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="clips")
+        self._free = asyncio.Semaphore(threads)
+        self._running: set[asyncio.Task[Any]] = set()
+
+    @property
+    def full(self) -> bool:
+        return self.waiting >= self._most_waiting
+
+    async def run(self, function: Callable[[], T], hold: Hold = nullcontext) -> T:
+        """In its turn, and within `hold` from then on."""
+        self.waiting += 1
+        try:
+            await self._free.acquire()
+        finally:
+            self.waiting -= 1
+        running = asyncio.create_task(self._run(function, hold))
+        self._running.add(running)
+        running.add_done_callback(self._ended)
+        return await asyncio.shield(running)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _run(self, function: Callable[[], T], hold: Hold) -> T:
+        with hold():
+            return await asyncio.get_running_loop().run_in_executor(self._pool, function)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._running.discard(task)
+        self._free.release()
+        if not task.cancelled():
+            task.exception()  # where nobody waits any more asyncio would complain that none has seen it
 
 
 @dataclass
@@ -59,9 +111,7 @@ def of(form: Form, wanted: Wanted, task: TaskName) -> Several | None:
 async def cost(house: Service, job: Job, several: Several, previews: int = 0) -> float:
     """Units of work of all questions. Reads the video. Raises Problem or InvalidInput."""
     if several.video is not None and several.clip is None:
-        house.guard.check(3 * house.settings.max_clip_pixels)  # its frames, whose number nobody knows yet
-        house.guard.check(3 * house.settings.max_clip_pixels)
-        several.clip = await house.in_thread(lambda: _read(house.settings, several, job.wanted))
+        several.clip = await _decoded(house, job, several)
     rows = await sizes_of(house, job, several)
     for sizes in dict.fromkeys(rows):
         house.check_size(job, sizes[0])
@@ -91,7 +141,9 @@ async def compute(house: Service, job: Job, several: Several, watch: Witness | N
         fps=several.clip.fps if several.clip else None,
         watch=watch,
     )
-    encoded = await house.in_thread(lambda: _encode(job, asked, seen))
+    # A film takes a while to write too. It has been admitted, and may wait.
+    run = house.clips.run if job.format == "mp4" else house.in_thread
+    encoded = await run(lambda: _encode(job, asked, seen))
     return _summary(seen), encoded
 
 
@@ -99,6 +151,16 @@ def frames(job: Job, several: Several) -> int:
     """How many answers there will be; known once `cost` has been asked."""
     count = len(several.clip.frames) if several.clip else len(several.rows["image"])
     return count - (job.task == "flow")
+
+
+async def _decoded(house: Service, job: Job, several: Several) -> Clip:
+    if house.clips.full:
+        house.metrics.rejected.labels(job.task).inc()
+        told = "Too many videos wait to be read. Try again later."
+        raise Problem(problems.OVERLOADED, told, retry_after_s=RETRY_S)
+    most = 3 * house.settings.max_clip_pixels  # its frames, whose number nobody knows yet
+    read = partial(_read, house.settings, several, job.wanted)
+    return await house.clips.run(read, lambda: house.guard.hold(most))
 
 
 def _read(settings: Settings, several: Several, wanted: Wanted) -> Clip:

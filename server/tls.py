@@ -42,7 +42,10 @@ def _load(context: ssl.SSLContext, settings: Settings) -> None:
 
 
 async def follow(context: ssl.SSLContext, settings: Settings) -> None:
-    """From now on give new connections the certificate that is in the files now."""
+    """From now on give new connections the certificate that is in the files now, and trust authorities added to theirs.
+
+    A context forgets no authority: one that is taken out of `tls_client_ca` is trusted until the server is restarted.
+    """
     seen = _stamps(settings)
     while True:
         await asyncio.sleep(LOOK_S)
@@ -59,7 +62,7 @@ async def follow(context: ssl.SSLContext, settings: Settings) -> None:
 
 
 def _stamps(settings: Settings) -> tuple[int, ...]:
-    return tuple(map(_stamp, (settings.tls_certificate, settings.tls_key)))
+    return tuple(map(_stamp, (settings.tls_certificate, settings.tls_key, settings.tls_client_ca)))
 
 
 def _stamp(file: Path | None) -> int:

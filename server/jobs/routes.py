@@ -10,6 +10,7 @@ from typing import cast
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
+from starlette.types import Receive, Send
 
 from saccade.errors import InvalidInput
 from saccade.tasks import TaskName
@@ -22,7 +23,7 @@ from server.jobs.store import Full, KeyReused
 from server.logs import state
 from server.problems import Problem
 from server.respond import accepted, check, read_body
-from server.service import Service
+from server.service import Service, while_connected
 
 RETRY_S = 10.0
 PAGE, MOST_PAGE = 20, 100
@@ -97,7 +98,7 @@ async def follow(request: Request, identity: str) -> Response:
     async with _kept():
         seen = int(last) if _CURSOR.fullmatch(last) else 0
         events = await _jobs(request).follow(record, seen)
-    return EventStream(events, seen)
+    return _Followed(events, seen)
 
 
 async def result(request: Request, identity: str) -> Response:
@@ -105,10 +106,17 @@ async def result(request: Request, identity: str) -> Response:
     if record.unfinished:
         raise Problem(problems.NOT_DONE, f"The job is {record.status}. Its events say when it ends.", retry_after_s=1)
     async with _kept():
-        kept = await _jobs(request).result(record)
+        kept = await _jobs(request).result(record, whole=request.method != "HEAD")
     if kept is None:
         raise cancelled() if record.status == "cancelled" else expired()
     return Response(kept.body, kept.status, kept.headers)
+
+
+class _Followed(EventStream):
+    """Of a job, which nobody leaves: a follower who does is noticed here."""
+
+    async def _follow(self, receive: Receive, send: Send) -> None:
+        await while_connected(receive, self.send_all(send))
 
 
 def _jobs(request: Request) -> Jobs:

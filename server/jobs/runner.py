@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -15,7 +15,7 @@ from fastapi import Response
 
 from saccade.errors import SaccadeError
 from server import problems
-from server.events import Events, Witness
+from server.events import Events, Witness, outcome
 from server.jobs import place, replay, webhook
 from server.jobs.records import Asked, Record, Result
 from server.jobs.store import Store
@@ -28,7 +28,8 @@ MOST_ATTEMPTS = 5
 MOST_COURIERS = 16
 MOST_RESULT_BYTES = 900_000_000  # SQLite takes no more than 10^9 in one row
 LONGEST_WAIT_S = 60.0
-TIDY_S, LOOK_S = 30.0, 0.5
+TIDY_S, LOOK_S, AGAIN_S = 30.0, 0.5, 1.0
+SMALL_BYTES = 2**16
 T = TypeVar("T")
 NOT_THE_JOBS_FAULT = (problems.OVERLOADED, problems.LOW_MEMORY, problems.UNAVAILABLE)
 logger = logging.getLogger(__name__)
@@ -69,13 +70,16 @@ class Jobs:
         self._store = await self._in_thread(lambda: place.opened(self.settings))
         if self._store is None:
             return
-        for record in await self._do(lambda store: store.interrupted(MOST_ATTEMPTS)):
+        waited = self._store.queued
+        given_up = await self._do(lambda store: store.interrupted(MOST_ATTEMPTS))
+        if going_on := self._store.queued:
+            logger.info("%d jobs go on (%d queued)", going_on, waited)
+        for record in given_up:
             await self._finish(record, self._events(record.id), problems.response(_given_up()))
         if (secret := place.secret(self.settings.webhook_secret_file)) is not None:
             self._courier = Courier(secret, self.settings.webhook_allow_private)
-        loops = [self._work() for _ in range(self.settings.jobs_at_once)]
-        loops += [self._tidy(), self._tell(), self._leave()]
-        self._loops = [asyncio.create_task(loop) for loop in loops]
+        loops = [self._work] * self.settings.jobs_at_once + [self._tidy, self._tell, self._leave]
+        self._loops = [asyncio.create_task(_unfailing(loop)) for loop in loops]
 
     async def aclose(self) -> None:
         """Jobs that run go back to those that wait, for the next process."""
@@ -99,8 +103,9 @@ class Jobs:
         record = await self._do(lambda store: store.get(identity))
         return record if record is not None and record.owner == owner else None
 
-    async def result(self, record: Record) -> Result | None:
-        return await self._do(lambda store: store.result(record.id))
+    async def result(self, record: Record, whole: bool = True) -> Result | None:
+        """Without its body unless the `whole` is wanted."""
+        return await self._do(lambda store: store.result(record.id, whole))
 
     async def page(self, owner: str, count: int, before: int | None) -> list[Record]:
         return await self._do(lambda store: store.page(owner, count, before))
@@ -111,7 +116,7 @@ class Jobs:
         if now is not None and now.status == "cancelled":
             if (task := self._running.get(record.id)) is not None:
                 task.cancel()
-            self._end(record.id, self._events(record.id), problems.response(cancelled()))
+            await self._end(record.id, self._events(record.id), problems.response(cancelled()))
         return now
 
     async def forget(self, record: Record) -> None:
@@ -120,23 +125,44 @@ class Jobs:
     async def follow(self, record: Record, last: int) -> Events:
         """What happens to the job from here on; for one that has ended, how it ended, numbered after `last`."""
         live = self._events(record.id)
-        now = await self._do(lambda store: store.get(record.id))
+        live.followers += 1  # a job that ends meanwhile tells how
+        try:
+            now = await self._do(lambda store: store.get(record.id))
+        finally:
+            live.followers -= 1
         if now is not None and now.unfinished:
+            self._dismiss(record.id, live)
             return live
         self._live.pop(record.id, None)
         result = await self.result(record)
         ended = Events(last)
         told = problems.response(cancelled() if record.status == "cancelled" else expired())
-        ended.end(told if result is None else Response(result.body, result.status, result.headers))
+        await self._conclude(ended, told if result is None else Response(result.body, result.status, result.headers))
         return ended
 
     def _events(self, identity: str) -> Events:
         return self._live.setdefault(identity, Events())
 
-    def _end(self, identity: str, told: Events, response: Response) -> None:
+    def _dismiss(self, identity: str, told: Events) -> None:
+        """Nobody stays for a job that this server will not run any more."""
+        if self.house.drain.leaving and identity not in self._running:
+            told.close()
+
+    async def _end(self, identity: str, told: Events, response: Response) -> None:
         self._live.pop(identity, None)
-        if not told.ended:
-            told.end(response)
+        if told.followers > 0:
+            await self._conclude(told, response)
+        told.close()  # who comes later reads the store
+
+    async def _conclude(self, told: Events, response: Response) -> None:
+        """As `told.end`; a large answer is put into words off the event loop."""
+        words = partial(outcome, response.status_code, dict(response.headers), bytes(response.body))
+        try:
+            last = words() if len(response.body) <= SMALL_BYTES else await self.house.in_thread(words)
+            if not told.ended:
+                told.publish(*last)
+        finally:
+            told.close()
 
     async def _work(self) -> None:
         while not self.house.drain.leaving:
@@ -146,7 +172,11 @@ class Jobs:
                 await self._came.wait()
                 continue
             self._came.set()  # there may be more, for another worker
-            await self._run(*claimed)
+            try:
+                await self._run(*claimed)
+            except Exception as error:  # the job is not run again and again for a fault of ours
+                record = claimed[0]
+                await self._finish(record, self._events(record.id), problems.refusal(error))
 
     async def _run(self, record: Record, asked: Asked) -> None:
         told = self._events(record.id)
@@ -172,13 +202,19 @@ class Jobs:
         if error is not None and not isinstance(error, Exception):
             raise error
         problem = None if error is None else _passing(error)
-        if problem is not None and record.attempts < MOST_ATTEMPTS:
+        if problem is not None and record.attempts < MOST_ATTEMPTS and not self._too_old(record):
             wait_s = min(problem.retry_after_s or 1.0, LONGEST_WAIT_S)
             count = problem.kind not in NOT_THE_JOBS_FAULT
             await self._surely(lambda store: store.put_back(record.number, wait_s, count))
             asyncio.get_running_loop().call_later(wait_s + 0.1, self._came.set)
+            self._dismiss(record.id, told)
             return
         await self._finish(record, told, task.result() if error is None else problems.refusal(error))
+
+    def _too_old(self, record: Record) -> bool:
+        """Whether it has been tried for as long as its result would be kept."""
+        assert self._store is not None  # the record came from it
+        return self._store.clock() - record.created > self.settings.jobs_keep_s
 
     async def _finish(self, record: Record, told: Events, response: Response) -> None:
         if len(response.body) > min(MOST_RESULT_BYTES, self.settings.jobs_max_bytes):
@@ -187,10 +223,11 @@ class Jobs:
         ended = await self._surely(lambda store: store.finish(record.number, result))
         if ended is None:  # cancelled meanwhile, and told so
             self._live.pop(record.id, None)
+            told.close()
             return
         self.house.metrics.jobs.labels(record.task, ended.status).inc()
-        self._end(record.id, told, response)
         self._ended.set()
+        await self._end(record.id, told, response)
 
     async def _tidy(self) -> None:
         while True:
@@ -269,6 +306,16 @@ def cancelled() -> Problem:
 
 def expired() -> Problem:
     return Problem(problems.GONE, "The result was kept for its time, and is gone. Ask again.")
+
+
+async def _unfailing(loop: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Begun again where it fails: nobody else would do its work."""
+    while True:
+        try:
+            return await loop()
+        except Exception:
+            logger.exception("a loop of the jobs failed; it goes on in %g s", AGAIN_S)
+        await asyncio.sleep(AGAIN_S)
 
 
 async def _stop(tasks: list[asyncio.Task[Any]]) -> None:

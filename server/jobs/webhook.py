@@ -21,6 +21,8 @@ PATIENCE_S = 10.0
 WAITS_S = (5.0, 30.0, 120.0, 600.0, 3600.0)
 """Between the tries; after the last one follows one more try."""
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
+NEVER = (ipaddress.ip_network("::/96"), ipaddress.ip_network("64:ff9b:1::/48"))
+"""IPv4 in IPv6 of old, and the NAT64 of private networks: Python calls both global."""
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 logger = logging.getLogger(__name__)
@@ -54,6 +56,8 @@ def is_public(text: str) -> bool:
     address = ipaddress.ip_address(text)
     inside: Address | None = None
     if isinstance(address, ipaddress.IPv6Address):
+        if address.is_site_local or any(address in network for network in NEVER):
+            return False
         inside = address.ipv4_mapped or address.sixtofour
         if address in NAT64:
             inside = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
@@ -90,8 +94,8 @@ class Courier:
     async def deliver(self, record: Record) -> bool:
         """One try: whether the receiver answered with 2xx in time."""
         assert record.webhook is not None  # only such jobs come here
-        body = json.dumps(document(record)).encode()
         try:
+            body = json.dumps(document(record)).encode()
             async with asyncio.timeout(PATIENCE_S):
                 return await self._post(httpx.URL(record.webhook), body)
         except Exception as error:  # whatever a stranger's server does, the others' webhooks go on

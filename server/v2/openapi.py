@@ -78,7 +78,7 @@ def _request() -> Json:
         "properties": {
             "name": _TEXT,
             "datatype": {"type": "string", "enum": list(DATATYPES)},
-            "shape": {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1, "maxItems": 8},
+            "shape": {"type": "array", "items": {"type": "integer", "minimum": 1}, "minItems": 1, "maxItems": 8},
             "data": {"type": "array"},
         },
     }

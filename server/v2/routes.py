@@ -7,6 +7,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -29,7 +30,7 @@ from server.settings import Settings
 from server.v2 import raws, tensors
 from server.v2.raws import Raw, Raws
 from server.v2.statistics import Statistics
-from server.v2.tensors import LENGTH_HEADER, Arrays, Call, refused
+from server.v2.tensors import LENGTH_HEADER, Arrays, refused
 
 EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"]
 LABEL = "v2"
@@ -148,15 +149,18 @@ class _Routes:
     async def infer(self, request: Request) -> Response:
         house, began = _house(request), time.perf_counter()
         await self._asked(request)  # before a byte of the body is read
-        call = await self._call(house, request)
-        with house.alias.use() as model:
+        body, encoding = await _body(house, request), request.headers.get("content-encoding", "")
+        length, most = request.headers.get(LENGTH_HEADER), _limit(house)
+        with ExitStack() as held, house.alias.use() as model:
+            held.enter_context(house.guard.hold(tensors.height(body, encoding, most)))
+            call = await house.in_thread(lambda: tensors.read(body, length, encoding, most))
             all_raws = await self._raws(request, model)
             raw = _find(all_raws, request)
             statistics = self.shelf.statistics(model)[raw.name]
             feeds = await house.in_thread(lambda: all_raws.feeds(raw, call))
             read_s, ticket = time.perf_counter() - began, Ticket()
             try:
-                results = await _result(house, request, all_raws, raw, feeds, ticket)
+                results = await _result(house, request, all_raws, raw, feeds, ticket, held)
             except BaseException:
                 statistics.failed(time.perf_counter() - began)
                 raise
@@ -168,20 +172,6 @@ class _Routes:
             statistics.succeeded(phases | {"compute_infer": max(0.0, ran_s - ticket.queue_s)})
         return Response(body, headers=headers, media_type=media_type)
 
-    async def _call(self, house: Service, request: Request) -> Call:
-        try:
-            async with asyncio.timeout(house.settings.request_timeout_s) as deadline:
-                body = await request.body()
-        except TimeoutError as error:
-            if not deadline.expired():
-                raise
-            raise Problem(
-                problems.SLOW_UPLOAD, "The body did not arrive in time. Send it faster, or smaller."
-            ) from error
-        length, encoding = request.headers.get(LENGTH_HEADER), request.headers.get("content-encoding", "")
-        most = body_limit(house.settings.max_upload_bytes, house.settings.max_clip_bytes)
-        return await house.in_thread(lambda: tensors.read(body, length, encoding, most))
-
     async def _asked(self, request: Request) -> tuple[Model, Raw]:
         model = _house(request).alias.current
         return model, _find(await self._raws(request, model), request)
@@ -192,6 +182,21 @@ class _Routes:
 
 def _house(request: Request) -> Service:
     return cast(Service, request.app.state.service)
+
+
+async def _body(house: Service, request: Request) -> bytes:
+    try:
+        async with asyncio.timeout(house.settings.request_timeout_s) as deadline:
+            return await request.body()
+    except TimeoutError as error:
+        if not deadline.expired():
+            raise
+        raise Problem(problems.SLOW_UPLOAD, "The body did not arrive in time. Send it faster, or smaller.") from error
+
+
+def _limit(house: Service) -> int:
+    """Bytes of a body, unpacked."""
+    return body_limit(house.settings.max_upload_bytes, house.settings.max_clip_bytes)
 
 
 def _find(found: Raws, request: Request) -> Raw:
@@ -218,11 +223,15 @@ async def _check_ready(house: Service, model: Model) -> None:
 
 
 async def _result(
-    house: Service, request: Request, all_raws: Raws, raw: Raw, feeds: Arrays, ticket: Ticket
+    house: Service, request: Request, all_raws: Raws, raw: Raw, feeds: Arrays, ticket: Ticket, held: ExitStack
 ) -> dict[str, Any]:
-    """The outputs, unless the queue is full, the client leaves or the time is up: then the work is withdrawn."""
+    """The outputs, unless the queue is full, the client leaves or the time is up: then the work is withdrawn.
+
+    What was promised for reading, `held`, gives way to what the call itself takes.
+    """
     try:
         async with asyncio.timeout(house.settings.request_timeout_s) as deadline:
+            held.close()
             with house.admission.admit(all_raws.cost(raw, feeds)), house.guard.hold(all_raws.footprint(feeds)):
                 return await while_connected(request.receive, all_raws.run(raw, feeds, ticket))
     except Overloaded as error:

@@ -23,6 +23,8 @@ from server.problems import Problem
 LENGTH_HEADER = "Inference-Header-Content-Length"
 DATATYPES = {"FP32": "float32", "INT64": "int64"}
 MAX_TENSORS = 16
+MOST_UNPACKED_TO_ONE = 1032
+"""Deflate makes no more of a byte."""
 MAX_JSON_BYTES = 8 << 20
 MAX_JSON_OBJECTS = 8 * MAX_TENSORS
 MAX_JSON_NUMBERS = 1 << 20
@@ -41,7 +43,7 @@ class _Part(BaseModel):
 class InputTensor(_Part):
     name: Name
     datatype: StrictStr = Field(max_length=16)
-    shape: list[Annotated[StrictInt, Field(ge=0, le=1 << 31)]] = Field(min_length=1, max_length=8)
+    shape: list[Annotated[StrictInt, Field(ge=1, le=1 << 31)]] = Field(min_length=1, max_length=8)
     parameters: dict[str, Any] = Field(default_factory=dict)
     data: list[Any] | None = None
 
@@ -86,6 +88,12 @@ def read(body: bytes, length: str | None, encoding: str, most_bytes: int) -> Cal
     if len(outputs) < len(request.outputs):
         raise refused("An output is asked for twice.")
     return Call(request.id, {one.name: one.datatype for one in request.inputs}, inputs, outputs, binary)
+
+
+def height(body: bytes, encoding: str, most_bytes: int) -> int:
+    """Bytes that `read` may take: what an encoded body may unpack to, or the body's length."""
+    plain = encoding.strip().lower() in ("", "identity")
+    return len(body) if plain else min(most_bytes, MOST_UNPACKED_TO_ONE * len(body))
 
 
 def _unpacked(body: bytes, encoding: str, most_bytes: int) -> bytes:
@@ -192,7 +200,7 @@ def _from_json(tensor: InputTensor) -> NDArray[Any]:
     try:
         with np.errstate(over="ignore"):  # too much for FP32 is infinite, and refused for that
             return np.array(numbers, DATATYPES[tensor.datatype]).reshape(tensor.shape)
-    except OverflowError as error:
+    except (OverflowError, ValueError) as error:
         raise refused(f"the data of input {tensor.name!r} are too large for {tensor.datatype}.") from error
 
 

@@ -17,7 +17,10 @@ import pytest
 from PIL import Image
 
 from saccade import formats
+from saccade.card import Card
 from saccade.cli import main
+from saccade.client import Client
+from saccade.errors import ServerError
 from saccade.local import Local
 from server.settings import PREFIX, Settings
 from tests.client.conftest import Scene
@@ -267,6 +270,14 @@ def test_faults_that_are_not_the_callers(saccade: Saccade, scene: Scene) -> None
     Path("file").touch()
     unwritable = saccade("depth", scene.image, "-o", "file/out.png")
     assert (unwritable.code, unwritable.err.count("\n")) == (1, 1)
+
+
+def test_a_refused_key_names_the_option(saccade: Saccade, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(client: Client) -> list[Card]:
+        raise ServerError(401, {"title": "Unauthorized", "detail": "No key came."})
+
+    monkeypatch.setattr(Client, "models", refuse)
+    refused(saccade("models", "--url", "http://saccade"), "401", "--api-key", "SACCADE_API_KEY")
 
 
 def test_models(saccade: Saccade, url: str, local: Local) -> None:

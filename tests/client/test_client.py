@@ -235,6 +235,34 @@ def test_headers_are_sent() -> None:
         assert client.models() == []
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_several_pictures_are_refused_before_anything_is_sent(
+    task: str, local: Local, pictures: dict[str, tuple[Path, ...]]
+) -> None:
+    script = Script(busy(500))
+    several = [[pictures[task][0]] * 2, *pictures[task][1:]]
+    told = pytest.raises(InvalidInput, match=r"image must be .* not list; several: use depths\(\) or flows\(\)")
+    with Client("http://saccade", transport=httpx.MockTransport(script)) as client:
+        with told:
+            getattr(client, task)(*several)
+        with told:
+            client.submit(task, several[0])  # type: ignore[arg-type]
+        with told:
+            client.stream(task, several[0])  # type: ignore[arg-type]
+    with told:
+        getattr(local, task)(*several)
+
+    async def ask(method: str, *given: object) -> None:
+        async with AsyncClient("http://saccade", transport=httpx.MockTransport(script)) as client:
+            await getattr(client, method)(*given)
+
+    with told:
+        asyncio.run(ask(task, *several))
+    with told:
+        asyncio.run(ask("submit", task, several[0]))
+    assert script.asked == 0
+
+
 class Script:
     """Gives the responses in their order, the last one for ever, and counts."""
 

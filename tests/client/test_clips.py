@@ -123,6 +123,7 @@ def test_the_command_refuses_what_does_not_fit(
         (("depth", clip, scene.image), "ask about it alone"),
         (("depth", clip, "-o", tmp_path / "depth.png"), "name a folder, or an .mp4"),
         (("depth", scene.image, "--frames-limit", "2"), "about a video"),
+        (("depth", clip, "--later"), "'Prefer: respond-async' (docs/jobs.md)"),
     ):
         ran = run(quiet, url, *arguments)
         assert (ran.returncode, told in ran.stderr) == (2, True), ran.stderr

@@ -16,7 +16,7 @@ import pytest
 
 from saccade.client import AsyncClient, Client, Retries
 from saccade.errors import BackendUnavailable, InvalidInput, ServerError
-from saccade.later import Accepted, Job, Preview, Progress, Update
+from saccade.later import Accepted, Job, OtherAnswer, Preview, Progress, Update
 from saccade.pipeline import Answer
 from tests.client.conftest import Scene
 from tests.client.test_client import same
@@ -110,6 +110,37 @@ def test_refusals_are_errors(url: str, scene: Scene) -> None:
         failed = client.submit("flow", scene.image, np.zeros((9, 9), np.uint8))
         with pytest.raises(ServerError, match="resize"):
             client.result(failed)
+
+
+@pytest.mark.parametrize(
+    ("options", "told", "media_type"),
+    [
+        ({"format": "png"}, "image/png", "image/png"),
+        ({}, "application/json with its maps as PNG", "application/json"),
+        ({"twice": "yes"}, r"several \(application/json\)", "application/json"),
+    ],
+    ids=["png", "png16", "several"],
+)
+def test_an_answer_of_another_format_is_told_and_kept(
+    options: dict[str, str], told: str, media_type: str, url: str, scene: Scene, tmp_path: Path
+) -> None:
+    files = [("image", scene.image.read_bytes())] * (2 if options.pop("twice", None) else 1)
+    left = httpx.post(f"{url}/depth", files=files, data=options, headers={"prefer": "respond-async"})
+    identity = left.json()["id"]
+    with (
+        Client(url) as client,
+        pytest.raises(OtherAnswer, match=f"answer is {told}: fetch it from {url}/jobs/{identity}/result") as found,
+    ):
+        client.result(identity)
+    kept = httpx.get(f"{url}/jobs/{identity}/result")
+    assert found.value.media_type == media_type == kept.headers["content-type"]
+    assert found.value.data == kept.content
+    other = command(url, "job", identity, "-o", "other.npy", folder=tmp_path)
+    assert (other.returncode, other.stdout) == (1, "")
+    assert f"/jobs/{identity}/result" in other.stderr
+    name = f"kept.{media_type.removeprefix('image/').removeprefix('application/')}"
+    assert command(url, "job", identity, "-o", name, folder=tmp_path).returncode == 0
+    assert (tmp_path / name).read_bytes() == kept.content
 
 
 def stream_of(*chunks: str) -> Callable[[httpx.Request], httpx.Response]:

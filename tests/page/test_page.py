@@ -321,10 +321,9 @@ def test_colours_follow_the_system_and_the_button(browser: Browser, site: Proces
     with Visitor.arriving(browser, site.url, color_scheme="dark") as visitor:
         dark = visitor.page.evaluate(ground)
         visitor.page.locator("#theme").click()
-        light = visitor.page.evaluate(ground)
-        assert dark != light
+        visitor.page.wait_for_function(f"{ground} !== '{dark}'")
         visitor.page.reload()
-        assert visitor.page.evaluate(ground) == light
+        visitor.page.wait_for_function(f"{ground} !== '{dark}'")
 
 
 @pytest.mark.parametrize("colours", ["light", "dark"])

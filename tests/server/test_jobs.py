@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import sqlite3
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,9 +17,11 @@ import pytest
 from saccade.backends import Backend
 from saccade.errors import BackendUnavailable, SaccadeError
 from saccade.tasks import TASKS
-from server import keys
-from server.jobs import place
-from server.jobs.records import Asked
+from server import events, keys
+from server.jobs import place, replay, runner
+from server.jobs.records import Asked, Result
+from server.jobs.runner import Jobs
+from server.jobs.store import Store
 from server.settings import Settings
 from tests.server.house import Failing, Gated, House, files, png, running, until
 from tests.server.test_events import STREAM, parse, timeless
@@ -44,6 +48,11 @@ async def submit(
     house: House, task: str = "depth", headers: dict[str, str] | None = None, **options: Any
 ) -> httpx.Response:
     return await house.client.post(f"/{task}", files=files(task), params=options, headers=LATER | (headers or {}))
+
+
+def jobs_of(house: House) -> Jobs:
+    found: Jobs = house.client._transport.app.state.jobs  # type: ignore[attr-defined]
+    return found
 
 
 async def ended(house: House, path: str) -> httpx.Response:
@@ -317,7 +326,10 @@ def test_previews_nobody_looks_at_cost_nothing(backend: Backend, file: Path) -> 
     assert within(backend, file, story) == 1
 
 
-def test_what_one_server_leaves_the_next_one_does(backend: Backend, file: Path) -> None:
+def test_what_one_server_leaves_the_next_one_does(
+    backend: Backend, file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="server.jobs.runner")
     gate = Gated(backend)
     paths: list[str] = []
 
@@ -338,6 +350,7 @@ def test_what_one_server_leaves_the_next_one_does(backend: Backend, file: Path) 
     within(gate, file, first)
     found = within(backend, file, second)
     assert found[:4] == found[4:]
+    assert "3 jobs go on (3 queued)" in caplog.text
 
 
 def test_a_job_that_ends_the_server_again_and_again_is_given_up(backend: Backend, file: Path) -> None:
@@ -443,6 +456,174 @@ def test_a_job_belongs_to_its_key(backend: Backend, file: Path, tmp_path: Path) 
 
     for response in within(backend, file, story, keys_file=ring):
         assert_problem(response, 404, "not-found")
+
+
+def test_a_follower_who_leaves_is_noticed(backend: Backend, file: Path) -> None:
+    gate = Gated(backend)
+
+    async def story(house: House) -> None:
+        gate.shut()
+        path = (await submit(house)).headers["location"]
+        await until(lambda: gate.rows)
+        gone, heard = asyncio.Event(), asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            heard.set()
+
+        scope = {"type": "http", "method": "GET", "path": f"{path}/events", "query_string": b"", "headers": []}
+        app: Any = house.client._transport.app  # type: ignore[attr-defined]
+        following = asyncio.create_task(app(scope | {"raw_path": path.encode()}, receive, send))
+        await heard.wait()
+        told = jobs_of(house)._live[path.removeprefix("/jobs/")]
+        assert told.followers == 1
+        gone.set()
+        await asyncio.wait_for(following, 5)
+        assert told.followers == 0
+        gate.open()
+        assert (await ended(house, path)).status_code == 200
+
+    within(gate, file, story)
+
+
+def test_a_fault_of_ours_ends_no_worker(backend: Backend, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    faults = [RuntimeError("nobody foresaw this")] * 3
+    real = Store.claim
+
+    def claim(store: Store) -> Any:
+        if faults:
+            raise faults.pop()
+        return real(store)
+
+    monkeypatch.setattr(runner, "AGAIN_S", 0.01)
+    monkeypatch.setattr(Store, "claim", claim)
+
+    async def story(house: House) -> httpx.Response:
+        return await ended(house, (await submit(house)).headers["location"])
+
+    assert within(backend, file, story, jobs_at_once=1).status_code == 200
+
+
+def test_a_job_that_cannot_be_begun_fails(backend: Backend, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def request(asked: Asked, owner: str) -> None:
+        raise RuntimeError("nobody foresaw this")
+
+    async def story(house: House) -> httpx.Response:
+        with monkeypatch.context() as patch:
+            patch.setattr(replay, "request", request)
+            failed = await ended(house, (await submit(house)).headers["location"])
+        assert (await ended(house, (await submit(house)).headers["location"])).status_code == 200
+        return failed
+
+    assert_problem(within(backend, file, story, jobs_at_once=1), 500, "internal")
+
+
+def test_answers_are_put_into_words_for_followers_only(
+    backend: Backend, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[threading.Thread] = []
+
+    def outcome(status: int, headers: dict[str, str], body: bytes) -> tuple[events.Name, str]:
+        threads.append(threading.current_thread())
+        return events.outcome(status, headers, body)
+
+    monkeypatch.setattr(runner, "outcome", outcome)
+    monkeypatch.setattr(runner, "SMALL_BYTES", 0)
+    gate = Gated(backend)
+
+    async def story(house: House) -> tuple[str, str]:
+        path = (await submit(house)).headers["location"]
+        while (await house.client.get(path)).json()["status"] != "done":
+            await asyncio.sleep(0.01)
+        assert not threads
+        late = await house.client.get(f"{path}/events")
+        gate.shut()
+        path = (await submit(house)).headers["location"]
+        await until(lambda: gate.rows)
+        following = asyncio.create_task(house.client.get(f"{path}/events"))
+        await until(lambda: jobs_of(house)._live[path.removeprefix("/jobs/")].followers)
+        gate.open()
+        return late.text, (await following).text
+
+    for text in within(gate, file, story):
+        assert parse(text)[-1].name == "answer"
+    assert len(threads) == 2
+    assert threading.main_thread() not in threads
+
+
+def test_the_head_of_a_result_has_no_body(backend: Backend, file: Path) -> None:
+    async def story(house: House) -> tuple[httpx.Response, httpx.Response]:
+        path = (await submit(house)).headers["location"]
+        return await ended(house, path), await house.client.head(f"{path}/result")
+
+    whole, head = within(backend, file, story)
+    assert (head.status_code, head.content) == (200, b"")
+    assert {name: value for name, value in head.headers.items() if name != "x-request-id"} == {
+        name: value for name, value in whole.headers.items() if name != "x-request-id"
+    }
+
+
+def test_a_job_does_not_wait_for_ever(backend: Backend, file: Path) -> None:
+    failing = Failing(backend)
+
+    async def story(house: House) -> httpx.Response:
+        failing.error = BackendUnavailable("gone for good", retry_after_s=0.1)
+        path = (await submit(house)).headers["location"]
+        await until(lambda: house.service.admission.rate.seconds > 1)
+        store: Any = jobs_of(house)._store
+        real = store.clock
+        store.clock = lambda: real() + 101
+        return await ended(house, path)
+
+    assert_problem(within(failing, file, story, jobs_keep_s=100), 503, "unavailable")
+
+
+@pytest.mark.parametrize("which", ["queued", "put back"])
+def test_nobody_follows_a_job_that_a_leaving_server_will_not_run(
+    backend: Backend, file: Path, which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = Failing(backend)
+    gate = Gated(failing)
+    monkeypatch.setattr(runner, "LOOK_S", 60.0)
+
+    async def story(house: House) -> str:
+        gate.shut()
+        first, second = [(await submit(house, seed=seed)).headers["location"] for seed in range(2)]
+        await until(lambda: gate.rows)
+        following = asyncio.create_task(house.client.get(f"{first}/events"))
+        await until(lambda: jobs_of(house)._live[first.removeprefix("/jobs/")].followers)
+        failing.error = BackendUnavailable("gone", retry_after_s=60)
+        house.service.drain.begin()
+        if which == "queued":
+            text = (await house.client.get(f"{second}/events")).text
+            assert not following.done()
+            following.cancel()
+            return text
+        gate.open()
+        text = (await following).text
+        assert (await house.client.get(f"{first}/events")).text == text, "nor whoever comes again"
+        return text
+
+    names = [event.name for event in parse(within(gate, file, story, jobs_at_once=1))]
+    assert "answer" not in names
+    assert "problem" not in names
+
+
+def test_room_is_given_back_to_the_disk(file: Path) -> None:
+    store = place.opened(Settings.load(jobs_file=file))
+    assert store is not None
+    made, _ = store.add("", Asked("depth", b"", "image/png", "", b"body", ""), None, None)
+    store.claim()
+    store.finish(made.number, Result(200, {}, bytes(4_000_000)))
+    store.forget(made.id)
+    before = store._value("PRAGMA freelist_count")
+    store.expire()
+    assert before > 900
+    assert store._value("PRAGMA freelist_count") == 0
+    store.close()
 
 
 @pytest.mark.parametrize("path", ["/jobs/nothing", "/jobs/" + "0" * 32, "/jobs/" + "0" * 32 + "/result"])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from starlette.datastructures import Headers
 from typer.testing import CliRunner
 
 from saccade.backends import Backend
@@ -67,8 +68,8 @@ def test_without_a_known_key_nobody_is_answered(backend: Backend, file: Path, he
 
 
 def test_probes_and_the_page_need_no_key(backend: Backend, file: Path) -> None:
-    for path in ("/", "/livez", "/readyz"):
-        for headers in ({}, bearer("sk-wrong")):
+    for path in ("/", "/livez", "/readyz", "/v2/health/live"):
+        for headers in ({}, bearer("sk-wrong"), bearer(NARROW)):
             assert ask(backend, file, "GET", path, headers).status_code == 200
 
 
@@ -119,10 +120,13 @@ def test_a_bucket_fills_up_to_its_burst() -> None:
 
 
 def test_every_task_needs_a_scope_of_its_own() -> None:
-    assert keys.needed("/flow", {}) == {"flow"}
-    assert keys.needed("/v2/models/x/infer", {}) == {"v2"}
-    assert keys.needed("/jobs/abc/result", {}) == {"jobs"}
-    assert keys.needed("/depths", {}) == set()
+    none = Headers()
+    assert keys.needed("/flow", none) == {"flow"}
+    assert keys.needed("/v2/models/x/infer", none) == {"v2"}
+    assert keys.needed("/jobs/abc/result", none) == {"jobs"}
+    assert keys.needed("/depths", none) == set()
+    twice = Headers(raw=[(b"prefer", b"wait=5"), (b"prefer", b"respond-async")])
+    assert keys.needed("/depth", twice) == {"depth", "jobs"}
     assert not keys.is_open("/pages")
     assert keys.is_open("/page/style.css")
 

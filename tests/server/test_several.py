@@ -7,8 +7,9 @@ import base64
 import io
 import json
 import sys
+import threading
 import zipfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import pytest
 
 from saccade.backends import Backend
 from saccade.formats import read_npy, read_png
-from saccade.formats.video import read_video, write_mp4
+from saccade.formats.video import Clip, read_video, write_mp4
+from server import several
 from tests.formats.test_video import frames, recorded
 from tests.server.house import HEIGHT, PROBLEM, WIDTH, Gated, House, mask, png, running, until
 
@@ -87,6 +89,17 @@ def test_amodal_takes_as_many_masks_as_pictures(backend: Backend) -> None:
     assert response.headers["Content-Type"] == "application/zip"
     pair = [*parts("image", IMAGES[1:2]), *parts("mask", [mask()])]
     assert unzipped(response.content)["0001.png"] == post(backend, "/amodal", pair, render="color").content
+
+
+@pytest.mark.parametrize("listed", [("mask",), ("image",), ("mask", "image")])
+def test_one_picture_and_a_list_of_one_go_together(backend: Backend, listed: tuple[str, ...]) -> None:
+    data = {name: base64.b64encode(file).decode() for name, file in (("mask", mask()), ("image", IMAGES[0]))}
+    body = {name: [value] if name in listed else value for name, value in data.items()}
+    answer = inside(backend, lambda house: house.client.post("/amodal", json=body))
+    assert answer.status_code == 200, answer.text
+    assert len(answer.json()["answers"]) == 1
+    refused = inside(backend, lambda house: house.client.post("/amodal", json=data | {"mask": [data["mask"]] * 2}))
+    assert (refused.status_code, refused.json()["param"]) == (422, "mask")
 
 
 def test_json_takes_lists(backend: Backend) -> None:
@@ -295,6 +308,61 @@ def test_who_leaves_cancels_every_frame(backend: Backend, clip: bytes) -> None:
 
     gated = Gated(backend)
     inside(gated, ask)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Videos are read only once it is set."""
+    go = threading.Event()
+
+    def read(*_: object, **__: object) -> Clip:
+        assert go.wait(20)
+        return Clip(np.stack(frames(2)), 10)
+
+    monkeypatch.setattr(several, "read_video", read)
+    yield go
+    go.set()
+
+
+def test_pictures_never_wait_behind_videos(backend: Backend, slow: threading.Event) -> None:
+    async def ask(house: House) -> None:
+        def sending() -> asyncio.Task[httpx.Response]:
+            return asyncio.create_task(house.client.post("/depth", files=parts("video", [b"x"])))
+
+        videos = [sending() for _ in range(10)]
+        await until(lambda: house.service.clips.full)
+        refused = await sending()
+        assert (refused.status_code, refused.json()["type"]) == (429, "urn:saccade:problem:overloaded")
+        assert int(refused.headers["Retry-After"]) >= 1
+        assert house.service.guard.held == 2 * 3 * house.service.settings.max_clip_pixels
+        assert (await house.ask("depth")).status_code == 200
+        assert (await house.counters())['saccade_rejected_total{task="depth"}'] == 1
+        slow.set()
+        assert [answer.status_code for answer in await asyncio.gather(*videos)] == [200] * 10
+        assert house.service.guard.held == 0
+
+    inside(backend, ask, threads=1)
+
+
+def test_a_decoder_keeps_its_place_when_its_caller_leaves(backend: Backend, slow: threading.Event) -> None:
+    async def ask(house: House) -> None:
+        asking = asyncio.create_task(house.client.post("/depth", files=parts("video", [b"x"])))
+        await until(lambda: house.service.guard.held)
+        asking.cancel()
+        await asyncio.wait([asking])
+        assert house.service.guard.held
+        slow.set()
+        await until(lambda: not house.service.guard.held)
+
+    inside(backend, ask)
+
+
+def test_a_video_sent_as_a_picture_is_told_where_it_belongs(backend: Backend, clip: bytes) -> None:
+    refused = post(backend, "/depth", parts("image", [clip]))
+    assert refused.status_code == 415
+    assert "send it as `video`" in refused.json()["detail"]
+    pair = [*parts("image", [clip]), *parts("mask", [mask()])]
+    assert "video" not in post(backend, "/amodal", pair).json()["detail"]
 
 
 def _png(frame: np.ndarray) -> bytes:

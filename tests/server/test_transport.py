@@ -16,7 +16,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 
 from saccade.backends import Backend
 from saccade.errors import InvalidInput
-from server import keys
+from server import keys, tls
 from server.app import create_app
 from server.settings import Settings
 from tests.server.house import files, running
@@ -121,6 +121,17 @@ def test_only_clients_with_a_certificate_where_an_authority_is_named(toy_reposit
         assert client.get("/livez").status_code == 200
         with pytest.raises(httpx.TransportError):
             httpx.get(client.base_url, verify=trusting)
+
+
+def test_a_change_of_the_authorities_is_noticed(tmp_path: Path) -> None:
+    names = ("tls_certificate", "tls_key", "tls_client_ca")
+    chosen = {name: tmp_path / name for name in names}
+    settings = Settings.load(**chosen)
+    seen = [tls._stamps(settings)]
+    for file in chosen.values():
+        file.write_text("x")
+        seen.append(tls._stamps(settings))
+    assert len(set(seen)) == 4
 
 
 def test_a_certificate_that_will_not_do_is_one_plain_line(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import pytest
 
 from saccade.backends import Array, Backend, Conditioning, Labels, Ticket
 from saccade.errors import ModelError
+from server.v2 import tensors
+from server.v2.tensors import Call
 from tests.server.house import Gated, House, Wrapped, files, running, until
 from tests.toy import LABELS, LATENT
 
@@ -32,6 +35,31 @@ def body(value: float = 0.5, rows: int = 1) -> bytes:
 
 async def infer(house: House, content: bytes) -> httpx.Response:
     return await house.client.post("/v2/models/toy/infer", content=content)
+
+
+def test_what_a_packed_body_becomes_is_promised_before_it_is_unpacked(
+    backend: Backend, toy_repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed, plain = gzip.compress(body()), body()
+    held: list[int] = []
+
+    async def story() -> None:
+        async with running(backend, model_repository=toy_repository) as house:
+            real = tensors.read
+
+            def read(*given: Any) -> Call:
+                held.append(house.service.guard.held)
+                return real(*given)
+
+            monkeypatch.setattr(tensors, "read", read)
+            url = "/v2/models/toy/infer"
+            assert (await infer(house, plain)).status_code == 200
+            answer = await house.client.post(url, content=packed, headers={"Content-Encoding": "gzip"})
+            assert answer.status_code == 200
+            assert house.service.guard.held == 0
+
+    asyncio.run(story())
+    assert held == [len(plain), 1032 * len(packed)]
 
 
 class Strict(Wrapped):

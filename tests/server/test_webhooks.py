@@ -183,6 +183,7 @@ def test_private_networks_need_leave() -> None:
         *("127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0"),
         *("224.0.0.1", "255.255.255.255", "::", "::1", "fe80::1%eth0", "fc00::1", "ff02::1", "::ffff:127.0.0.1"),
         *("2002:7f00:1::", "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe"),
+        *("fec0::1", "::7f00:1", "::5db8:d70e", "64:ff9b:1::5db8:d70e"),
     ],
 )
 def test_private_addresses_whatever_they_are_wrapped_in(address: str) -> None:
