@@ -11,6 +11,7 @@ SaccadeError
 │   └── BackendTimeout      it is there, and did not answer in time
 ├── NotInstalled            a package that this needs is not here; the message says which extra has it
 └── ServerError             an answer of a Saccade server that says no (raised by the clients)
+    └── later.OtherAnswer   a job's answer in another format than the client reads
 """
 
 from __future__ import annotations

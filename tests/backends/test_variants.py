@@ -33,20 +33,20 @@ def test_a_variant_is_the_shipped_model_run_otherwise(name: str) -> None:
         assert accelerator.name in ("cuda", "tensorrt")
 
 
-def test_profiles_reach_from_48_to_768_px() -> None:
+def test_profiles_reach_from_64_to_1024_px() -> None:
     found = variants(Repository(SHIPPED).config("saccade-s"))["tensorrt-fp16"]
     parameters = found.optimization.execution_accelerators.gpu_execution_accelerator[0].parameters
     smallest, largest = (
         dict(entry.split(":") for entry in parameters[f"trt_profile_{key}_shapes"].split(",")) for key in ("min", "max")
     )
     assert smallest == {
-        "latent": "1x26x6x6",
+        "latent": "1x26x8x8",
         "timestep": "1",
         "task": "1",
-        "context": "1x192x3x3",
-        "detail": "1x58x6x6",
+        "context": "1x192x4x4",
+        "detail": "1x58x8x8",
     }
-    assert (largest["latent"], largest["context"], largest["task"]) == ("8x26x96x96", "8x192x48x48", "8")
+    assert (largest["latent"], largest["context"], largest["task"]) == ("8x26x128x128", "8x192x64x64", "8")
 
 
 def test_a_graph_is_of_one_size() -> None:
