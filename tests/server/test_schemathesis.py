@@ -109,7 +109,7 @@ def test_chains_of_requests(api: BaseSchema) -> None:
             case.validate_response(response, checks=list(CHECKS))
 
     Chains.run(settings=quietly(CHAINS, stateful_step_count=8))
-    followed = {operation for operation, status in asked if status == 200}
+    followed = {operation for operation, status in asked if status in (200, 409)}  # 409: not done yet
     assert {"GET /jobs/{identity}", "GET /jobs/{identity}/result", "GET /jobs/{identity}/events"} <= followed
 
 
