@@ -105,6 +105,7 @@ def test_one_member_cannot_be_unsure(visitor: Visitor) -> None:
 def test_the_point_cloud_turns_with_keys_and_mouse(visitor: Visitor) -> None:
     see(visitor, "depth")
     visitor.view("cloud")
+    visitor.page.wait_for_timeout(800)  # it is drawn anew once its place has its size
     before = visitor.pixels("cloud")
     assert len(set(before)) > 20
     assert visitor.pixels("cloud") == before, "who asked for less motion gets none"
