@@ -68,13 +68,14 @@ def attributes(span: Span) -> dict[str, str | int]:
 
 
 def test_a_request_is_one_trace_with_its_phases_and_batches(toy_repository: Path, collector: Collector) -> None:
-    with serving(toy_repository, otlp_endpoint=collector.url, log_format="json") as server:
+    with serving(toy_repository, otlp_endpoint=collector.url, log_format="json", batch_size=4) as server:
         url = server.url + "/depth?steps=5"
         headers = {"traceparent": PARENT, "X-Request-ID": "the-one"}
         assert httpx.post(url, files=files("depth"), headers=headers).status_code == 200
         assert httpx.post(url, content=b"x").status_code == 415
         with ThreadPoolExecutor(4) as pool:
-            many = [pool.submit(httpx.post, url + "&ensemble_size=4", files=files("depth")) for _ in range(4)]
+            long = server.url + "/depth?steps=20&ensemble_size=5"  # long enough to meet the others
+            many = [pool.submit(httpx.post, long, files=files("depth")) for _ in range(4)]
             assert {answer.result().status_code for answer in many} == {200}
         server.popen.terminate()
         assert server.popen.wait(30) == 0
