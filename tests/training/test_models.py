@@ -1,24 +1,21 @@
-"""The networks against independent references: SciPy's DCT, another implementation's DiT, arithmetic, simulation."""
+"""The default model's networks against independent references: SciPy's DCT, arithmetic, simulation."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from scipy.fft import dctn
 from torch import nn
 
 from saccade.schedule import NoiseSchedule
 from tests.training.conftest import TINY
 from training.models.codec import BLOCK, KEPT, DCTCodec
-from training.models.dit import SIZES, DiT, Size
-from training.models.perceiver import TASKS, Config, Denoiser, Encoder, Matcher, RoutedPatchEmbed, expected_motion
+from training.models.embed import RoutedPatchEmbed
+from training.models.perceiver import TASKS, Config, Denoiser, Encoder, Matcher, expected_motion
 
-GOLDEN = Path(__file__).parent.parent / "golden"
 LOWEST = [(0, 0), (0, 1), (1, 0), (0, 2), (1, 1), (2, 0), (0, 3), (1, 2), (2, 1), (3, 0)]  # (row, column) frequency
 
 
@@ -59,43 +56,6 @@ def test_smooth_maps_survive_the_codec() -> None:
     psnr = 20 * torch.log10(2 / errors.pow(2).mean((0, 2, 3)).sqrt())
     assert (psnr > torch.tensor([100, 65, 55, 45])).all()
     assert errors.abs().max() < 0.05
-
-
-def test_the_dit_answers_as_the_reference_implementation_did() -> None:
-    with safe_open(GOLDEN / "dit.safetensors", "pt") as file:
-        facts, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    size = Size(*(int(facts[key]) for key in ("hidden_size", "num_heads", "depth")))
-    patch, channels = int(facts["patch_size"]), int(facts["in_channels"])
-    model = DiT(
-        size,
-        channels=channels,
-        patch=patch,
-        labels=int(facts["num_classes"]) + 1,
-        grid=int(facts["input_size"]) // patch,
-        learn_sigma=facts["learn_sigma"] == "true",
-    )
-    weights = {key.removeprefix("weights/"): value for key, value in tensors.items() if key.startswith("weights/")}
-    made = model.pos_embed.clone()
-    model.load_state_dict(weights, strict=True)
-    with torch.no_grad():
-        out = model(*(tensors[f"in/{name}"] for name in "xty"))
-    torch.testing.assert_close(out, tensors["out"], atol=1e-5, rtol=0)
-    torch.testing.assert_close(made, weights["pos_embed"], atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("name", "millions"), [("a1", 14.8), ("a2", 77.2), ("a3", 215), ("a4", 458), ("a5", 1200), ("a6", 1900)]
-)
-def test_sizes_are_the_papers(name: str, millions: float) -> None:
-    """With ImageNet's 1001 labels and learned variances, as the papers count."""
-    with torch.device("meta"):
-        model = DiT(SIZES[name])
-    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.02)
-
-
-def test_a_fresh_dit_says_nothing() -> None:
-    model = DiT(Size(32, 2, 2), labels=3, grid=4)
-    assert not model(noise(2, 4, 8, 8), torch.tensor([5, 900]), torch.tensor([0, 2])).any()
 
 
 @pytest.fixture(scope="module")

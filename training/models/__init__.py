@@ -1,4 +1,3 @@
-"""Networks in plain torch: `dit` (the papers' transformer), `codec` (targets to latents), `perceiver` (the default).
-
-Nothing here needs more than torch and NumPy.
+"""Networks in plain torch: `dit` (the papers' family; `moe`, `routing`, `affiner`, `growth` are its ideas), `perceiver`
+(the default model), `codec` (targets to latents). Nothing here needs more than torch and NumPy.
 """

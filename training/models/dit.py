@@ -1,39 +1,114 @@
 """The diffusion transformer (Peebles & Xie 2212.09748): adaLN-Zero blocks on patches of a latent.
 
-Parameter names are Meta's, so their checkpoints load as they are. Sizes are those of the two papers.
+The whole family is one model with options: experts (`moe`), routing by timestep (`routing`), adapters (`affiner`),
+an input convolution per task. Parameter names are Meta's, so their checkpoints load as they are; sizes are the papers'.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from saccade.errors import InvalidInput
+from training.config import explained
+from training.models import affiner
+from training.models.affiner import Adapters, linear
+from training.models.embed import (
+    LabelEmbedder,
+    PatchEmbed,
+    RoutedPatchEmbed,
+    TimestepEmbedder,
+    full_precision,
+    sincos_positions,
+    unpatchify,
+)
+from training.models.moe import Experts, MoE, exporting
+from training.models.routing import Routing, channel_masks
+from training.models.start import start_as_published
 
 
 @dataclass(frozen=True)
-class Size:
-    """Width, heads and depth of a transformer."""
+class DiTConfig:
+    """A model of the family. Raises InvalidInput for what cannot be built."""
 
-    width: int
-    heads: int
-    depth: int
+    width: int = explained("channels of a token")
+    heads: int = explained("attention heads")
+    depth: int = explained("blocks")
+    channels: int = explained("of the noisy latent, and of what is predicted", 4)
+    condition: int = explained("channels of the latents concatenated in front of the noisy one", 0)
+    patch: int = explained("latent cells per token and edge", 2)
+    labels: int = explained("rows of the label table, the unconditional one (the last) counted in", 1001)
+    grid: int = explained("tokens per edge at which positions are those of training; other sizes interpolate", 16)
+    learn_sigma: bool = explained("twice the output channels, the second half variances that nothing here uses", False)
+    inputs: int = explained("input convolutions; more than one: the label's own (PatchEmbedRouter)", 1)
+    first_label: int = explained("label of the first task, for input convolutions and adapters", 0)
+    frequency_shift: int = explained("0 for Meta's timestep sinusoids, 1 for those of diffusers", 0)
+    experts: Experts | None = field(default=None, metadata={"help": "mixture of experts instead of every block's MLP"})
+    routing: Routing | None = field(
+        default=None, metadata={"help": "denoising task routing: each timestep its own channels"}
+    )
+    adapters: Adapters | None = field(
+        default=None, metadata={"help": "Affiner adapters on the linear layers of a frozen base"}
+    )
+
+    def __post_init__(self) -> None:
+        counts = ("width", "heads", "depth", "channels", "patch", "labels", "grid", "inputs")
+        if low := [name for name in counts if getattr(self, name) < 1]:
+            raise InvalidInput(f"{low[0]} must be at least 1, not {getattr(self, low[0])}", param=low[0])
+        if self.width % self.heads or self.width % 4:
+            raise InvalidInput(f"width {self.width} must be a multiple of 4 and of heads {self.heads}", param="width")
+        if self.condition < 0:
+            raise InvalidInput(f"condition must not be negative, not {self.condition}", param="condition")
+        tasks = max(self.inputs, self.adapters.tasks if self.adapters else 1)
+        if not 0 <= self.first_label <= self.labels - tasks:
+            raise InvalidInput(
+                f"{tasks} tasks from label {self.first_label} on do not fit {self.labels} labels", param="first_label"
+            )
 
 
-# "Scaling Properties of Diffusion Models for Perceptual Tasks", dense models; then DiT's own names.
-SIZES: dict[str, Size] = {
-    "a1": Size(256, 16, 12),
-    "a2": Size(512, 16, 16),
-    "a3": Size(768, 16, 20),
-    "a4": Size(1024, 16, 24),
-    "a5": Size(1536, 16, 28),
-    "a6": Size(1792, 16, 32),
-    "S": Size(384, 6, 12),
-    "B": Size(768, 12, 12),
-    "L": Size(1024, 16, 24),
-    "XL": Size(1152, 16, 28),
+# "Scaling Properties of Diffusion Models for Perceptual Tasks", dense models; then DiT's own. Width, heads, depth.
+SIZES: dict[str, tuple[int, int, int]] = {
+    "a1": (256, 16, 12),
+    "a2": (512, 16, 16),
+    "a3": (768, 16, 20),
+    "a4": (1024, 16, 24),
+    "a5": (1536, 16, 28),
+    "a6": (1792, 16, 32),
+    "S": (384, 6, 12),
+    "B": (768, 12, 12),
+    "L": (1024, 16, 24),
+    "XL": (1152, 16, 28),
 }
+NAMES = (
+    *(name for name in SIZES if name.startswith("a")),
+    *(f"{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)),
+    "S/2-8E2A",
+    "S/2-16E2A",
+    "L/2-8E2A",
+)
+
+
+def named(name: str, **changes: Any) -> DiTConfig:
+    """The papers' configuration of that name, a1 to a6, S/2 to XL/8, S/2-8E2A and the like, with fields changed.
+
+    Raises InvalidInput for another name or field.
+    """
+    found = re.fullmatch(r"(a[1-6]|(?:S|B|L|XL)(?=/))(?:/([248]))?(?:-(\d{1,3})E(\d{1,3})A)?", name)
+    if not found:
+        raise InvalidInput(f"no model is called {name!r}; choose from {', '.join(NAMES)}", param="model")
+    size, patch, count, active = found.groups()
+    experts = Experts(int(count), int(active)) if count else None
+    try:
+        return replace(DiTConfig(*SIZES[size], patch=int(patch or 2), experts=experts), **changes)
+    except TypeError:
+        unknown = sorted(set(changes) - set(DiTConfig.__dataclass_fields__))
+        raise InvalidInput(f"a model's configuration has no field {', '.join(unknown)}", param=unknown[0]) from None
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -41,156 +116,185 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-class TimestepEmbedder(nn.Module):
-    """Timesteps [B] -> [B, width]: sinusoids of 256 frequencies' halves, then an MLP."""
-
-    def __init__(self, width: int, frequencies: int = 256) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
-        half = frequencies // 2
-        self.register_buffer("bands", torch.exp(-math.log(10000) * torch.arange(half) / half), persistent=False)
-
-    def forward(self, t: Tensor) -> Tensor:
-        angles = t[:, None].float() * self.bands[None]
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1))
-
-
-class LabelEmbedder(nn.Module):
-    """Labels [B] -> [B, width]."""
-
-    def __init__(self, labels: int, width: int) -> None:
-        super().__init__()
-        self.embedding_table = nn.Embedding(labels, width)
-
-    def forward(self, y: Tensor) -> Tensor:
-        return self.embedding_table(y)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention on [B, N, D]."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, adapters: Adapters | None = None) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = linear(width, 3 * width, "qkv", adapters)
+        self.proj = linear(width, width, "proj", adapters)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, task: Tensor | None = None) -> Tensor:
         batch, tokens, width = x.shape
-        q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
-        return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
+        qkv = affiner.apply(self.qkv, x, task).reshape(batch, tokens, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        mixed = written_out(q, k, v) if exporting() or short_on_cpu(q) else F.scaled_dot_product_attention(q, k, v)
+        return affiner.apply(self.proj, mixed.transpose(1, 2).reshape(batch, tokens, width), task)
+
+
+def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention in plain operations: the form that inference engines recognise and fuse."""
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
+
+
+def short_on_cpu(q: Tensor) -> bool:
+    """Where torch's fused attention costs two to three times the plain one: bf16 on a CPU, up to 512 tokens."""
+    return q.device.type == "cpu" and q.dtype is torch.bfloat16 and q.shape[-2] <= 512
 
 
 class Mlp(nn.Module):
-    def __init__(self, width: int, ratio: float = 4.0) -> None:
+    """fc2(gelu(fc1 x)) on [B, N, D]."""
+
+    def __init__(self, width: int, ratio: float = 4.0, adapters: Adapters | None = None) -> None:
         super().__init__()
         hidden = int(width * ratio)
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = linear(width, hidden, "fc1", adapters)
+        self.fc2 = linear(hidden, width, "fc2", adapters)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(nn.functional.gelu(self.fc1(x), approximate="tanh"))
+    def forward(self, x: Tensor, task: Tensor | None = None) -> Tensor:
+        return affiner.apply(self.fc2, F.gelu(affiner.apply(self.fc1, x, task), approximate="tanh"), task)
 
 
 class DiTBlock(nn.Module):
-    """adaLN-Zero: shift, scale and gate of both branches come from the condition; the gates start at zero."""
+    """adaLN-Zero: shift, scale and gate of both branches come from the condition; the gates start at zero.
 
-    def __init__(self, width: int, heads: int) -> None:
+    forward: x [B, N, D], condition c [B, D], channel mask [B, D] of DTR and task [B] of adapters, where there are such
+    -> tokens [B, N, D] and, of a block with experts, how unevenly they are used.
+    """
+
+    def __init__(
+        self, width: int, heads: int, experts: Experts | None = None, adapters: Adapters | None = None
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(width, heads)
+        self.attn = Attention(width, heads, adapters)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(width)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-        nn.init.zeros_(self.adaLN_modulation[1].weight)
-        nn.init.zeros_(self.adaLN_modulation[1].bias)
+        if experts is None:
+            self.mlp = Mlp(width, adapters=adapters)
+        else:
+            self.moe = MoE(width, experts)
+        self.adaLN_modulation = adaln(width, 6, "adaLN", adapters)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
-        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+    def forward(
+        self, x: Tensor, c: Tensor, mask: Tensor | None = None, task: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        with full_precision(x):
+            shift1, scale1, gate1, shift2, scale2, gate2 = condition(self.adaLN_modulation, c, task).chunk(6, dim=1)
+        own = x if mask is None else x * mask[:, None]
+        own = own + gate1[:, None] * self.attn(modulate(self.norm1(own), shift1, scale1), task)
+        seen = modulate(self.norm2(own), shift2, scale2)
+        changed, uneven = (self.mlp(seen, task), None) if hasattr(self, "mlp") else self.moe(seen)
+        own = own + gate2[:, None] * changed
+        return own if mask is None else own + x * (1 - mask[:, None]), uneven
+
+
+def adaln(width: int, parts: int, name: str, adapters: Adapters | None) -> nn.Sequential:
+    """Condition [B, D] -> [B, parts * D], at first zero."""
+    layer = linear(width, parts * width, name, adapters)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return nn.Sequential(nn.SiLU(), layer)
+
+
+def condition(modulation: nn.Sequential, c: Tensor, task: Tensor | None) -> Tensor:
+    return affiner.apply(modulation[1], modulation[0](c), task)
 
 
 class FinalLayer(nn.Module):
     """[B, N, D] -> [B, N, patch^2 * channels]; starts at zero."""
 
-    def __init__(self, width: int, patch: int, channels: int) -> None:
+    def __init__(self, width: int, patch: int, channels: int, adapters: Adapters | None = None) -> None:
         super().__init__()
         self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(width, patch * patch * channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-        for layer in (self.linear, self.adaLN_modulation[1]):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.linear = linear(width, patch * patch * channels, "final", adapters)
+        self.adaLN_modulation = adaln(width, 2, "final", adapters)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
-
-
-class PatchEmbed(nn.Module):
-    """[B, C, h, w] -> [B, N, D]."""
-
-    def __init__(self, channels: int, width: int, patch: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(channels, width, patch, stride=patch)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
+    def forward(self, x: Tensor, c: Tensor, task: Tensor | None = None) -> Tensor:
+        with full_precision(x):
+            shift, scale = condition(self.adaLN_modulation, c, task).chunk(2, dim=1)
+        return affiner.apply(self.linear, modulate(self.norm_final(x), shift, scale), task)
 
 
 class DiT(nn.Module):
-    """Class-conditional DiT, as published. forward: x [B, C, h, w], t [B], y [B] -> [B, C or 2C, h, w].
+    """forward: x [B, condition + channels, h, w], t [B] int64, y [B] int64 -> [B, channels (or twice that), h, w].
 
-    `grid`: tokens per edge (h = w = grid * patch). `labels` counts the null label too.
+    h and w are multiples of the patch, of any size and shape. Set `checkpointing` to recompute the blocks' activations
+    in the backward pass instead of keeping them.
     """
 
-    def __init__(
-        self,
-        size: Size,
-        channels: int = 4,
-        patch: int = 2,
-        labels: int = 1001,
-        grid: int = 16,
-        learn_sigma: bool = True,
-    ) -> None:
+    def __init__(self, config: DiTConfig, schedule_timesteps: int = 1000) -> None:
         super().__init__()
-        self.patch, self.out_channels = patch, channels * (2 if learn_sigma else 1)
-        self.x_embedder = PatchEmbed(channels, size.width, patch)
-        self.t_embedder = TimestepEmbedder(size.width)
-        self.y_embedder = LabelEmbedder(labels, size.width)
-        self.pos_embed = nn.Parameter(sincos_positions(size.width, grid, grid, grid)[None], requires_grad=False)
-        self.blocks = nn.ModuleList(DiTBlock(size.width, size.heads) for _ in range(size.depth))
-        self.final_layer = FinalLayer(size.width, patch, self.out_channels)
+        self.config = config
+        self.checkpointing = False
+        self.uneven: Tensor | None = None
+        width, channels = config.width, config.condition + config.channels
+        self.x_embedder = (
+            PatchEmbed(channels, width, config.patch)
+            if config.inputs == 1
+            else RoutedPatchEmbed(channels, width, config.patch, config.inputs)
+        )
+        self.t_embedder = TimestepEmbedder(width, shift=config.frequency_shift)
+        self.y_embedder = LabelEmbedder(config.labels, width, config.adapters.tasks if config.adapters else 0)
+        masks = None if config.routing is None else channel_masks(config.routing, width, schedule_timesteps)
+        self.register_buffer("masks", masks, persistent=False)
+        self.blocks = nn.ModuleList(
+            DiTBlock(width, config.heads, config.experts, config.adapters) for _ in range(config.depth)
+        )
+        out_channels = config.channels * (2 if config.learn_sigma else 1)
+        self.final_layer = FinalLayer(width, config.patch, out_channels, config.adapters)
+        start_as_published(self)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        height, width = x.shape[-2] // self.patch, x.shape[-1] // self.patch
-        tokens = self.x_embedder(x) + self.pos_embed
-        c = self.t_embedder(t) + self.y_embedder(y)
+        height, width = x.shape[-2] // self.config.patch, x.shape[-1] // self.config.patch
+        task = y - self.config.first_label
+        tokens = self.x_embedder(x) if self.config.inputs == 1 else self.x_embedder(x, task)
+        tokens = tokens + sincos_positions(self.config.width, height, width, self.config.grid).to(x)
+        with full_precision(x):
+            c = self.t_embedder(t) + self.y_embedder(y, task)
+        mask = None if self.masks is None else self.masks[t]
+        found = []
         for block in self.blocks:
-            tokens = block(tokens, c)
-        return unpatchify(self.final_layer(tokens, c), height, width, self.patch)
+            tokens, uneven = self.run(block, tokens, c, mask, task)
+            found.append(uneven)
+        self.uneven = None if self.config.experts is None else torch.stack(found)
+        return unpatchify(self.final_layer(tokens, c, task), height, width, self.config.patch)
+
+    def run(self, block: nn.Module, *inputs: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    def predict(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The forward pass without learned variances: [B, channels, h, w]."""
+        return self(x, t, y)[:, : self.config.channels]
+
+    def balance(self) -> Tensor | None:
+        """The last forward's load-balancing loss, summed over the blocks and times its factor, with its gradient."""
+        return None if self.uneven is None else self.config.experts.balance * self.uneven.sum()
+
+    @property
+    def balance_value(self) -> Tensor | None:
+        """The mean over the blocks of E * sum f_i P_i, for the log: 1 where the experts share evenly, at most E."""
+        return None if self.uneven is None else self.uneven.detach().mean()
 
 
-def unpatchify(tokens: Tensor, height: int, width: int, patch: int) -> Tensor:
-    """[B, height * width, patch^2 * C] -> [B, C, height * patch, width * patch]."""
-    channels = tokens.shape[-1] // patch**2
-    grid = tokens.reshape(-1, height, width, patch, patch, channels)
-    return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, height * patch, width * patch)
+class Counts(NamedTuple):
+    """Parameters in all, and those that a token passes through."""
+
+    total: int
+    active: int
 
 
-def sincos_positions(width: int, height: int, across: int, span: float) -> Tensor:
-    """Fixed 2-D sinusoids [height * across, width]; the longer edge runs over [0, span), so that any size is an
-    interpolation of the one trained on. Columns first, as in MAE's and DiT's code."""
-    rows, columns = torch.arange(height).float(), torch.arange(across).float()
-    step = span / (torch.maximum(rows[-1], columns[-1]) + 1)  # of tensors, so that exported graphs keep any size
-    bands = (1 / 10000 ** (torch.arange(width // 4).double() / (width // 4))).float()
-
-    def waves(positions: Tensor) -> Tensor:
-        angles = (positions * step)[:, None] * bands
-        return torch.cat([angles.sin(), angles.cos()], -1)
-
-    x = waves(columns)[None].expand(height, across, -1)
-    y = waves(rows)[:, None].expand(height, across, -1)
-    return torch.cat([x, y], -1).reshape(height * across, width)
+def parameters_of(config: DiTConfig) -> Counts:
+    """Counted on a model without storage."""
+    with torch.device("meta"):
+        model = DiT(config)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    total = sum(sizes.values())
+    if config.experts is None:
+        return Counts(total, total)
+    stacked = sum(size for name, size in sizes.items() if ".moe.experts." in name)
+    return Counts(total, total - stacked + stacked * config.experts.active // config.experts.count)

@@ -24,17 +24,8 @@ from saccade.schedule import NoiseSchedule
 from saccade.tasks import FlowCoding
 from training.models.codec import DCTCodec
 from training.models.correspond import Correspondence, correspond, resized, warp
-from training.models.dit import (
-    Attention,
-    DiTBlock,
-    FinalLayer,
-    LabelEmbedder,
-    Mlp,
-    Size,
-    TimestepEmbedder,
-    sincos_positions,
-    unpatchify,
-)
+from training.models.dit import Attention, DiTBlock, FinalLayer, Mlp
+from training.models.embed import LabelEmbedder, RoutedPatchEmbed, TimestepEmbedder, sincos_positions, unpatchify
 
 TASKS = ("depth", "flow", "amodal")
 POSITION_SPAN = 16.0
@@ -313,21 +304,6 @@ class Encoder(nn.Module):
         return context, torch.cat([self.detail(fused), first], 1)
 
 
-class RoutedPatchEmbed(nn.Module):
-    """Each sample through its own task's input convolution (the paper's PatchEmbedRouter), as one batched product."""
-
-    def __init__(self, channels: int, width: int, patch: int, tasks: int) -> None:
-        super().__init__()
-        self.patch = patch
-        fan_in = channels * patch * patch
-        self.weight = nn.Parameter(torch.empty(tasks, fan_in, width).uniform_(-(fan_in**-0.5), fan_in**-0.5))
-        self.bias = nn.Parameter(torch.zeros(tasks, width))
-
-    def forward(self, x: Tensor, task: Tensor) -> Tensor:
-        patches = F.pixel_unshuffle(x, self.patch).flatten(2).transpose(1, 2)
-        return patches @ self.weight[task] + self.bias[task][:, None]
-
-
 class Denoiser(nn.Module):
     """A DiT on patches of 2 x 2 latent cells. It predicts what the encoder's own estimate m and a linear rule cannot.
 
@@ -341,15 +317,14 @@ class Denoiser(nn.Module):
 
     def __init__(self, config: Config, alphas_cumprod: Tensor) -> None:
         super().__init__()
-        size = Size(config.width, config.heads, config.depth)
-        channels = config.latent_channels + config.detail_channels
+        width, channels = config.width, config.latent_channels + config.detail_channels
         self.own = config.detail if config.centred else None
-        self.x_embedder = RoutedPatchEmbed(channels, size.width, self.PATCH, len(TASKS))
-        self.context = nn.Linear(size.width, size.width)
-        self.t_embedder = TimestepEmbedder(size.width)
-        self.y_embedder = LabelEmbedder(len(TASKS), size.width)
-        self.blocks = nn.ModuleList(DiTBlock(size.width, size.heads) for _ in range(size.depth))
-        self.correction = FinalLayer(size.width, self.PATCH, config.latent_channels)
+        self.x_embedder = RoutedPatchEmbed(channels, width, self.PATCH, len(TASKS))
+        self.context = nn.Linear(width, width)
+        self.t_embedder = TimestepEmbedder(width)
+        self.y_embedder = LabelEmbedder(len(TASKS), width)
+        self.blocks = nn.ModuleList(DiTBlock(width, config.heads) for _ in range(config.depth))
+        self.correction = FinalLayer(width, self.PATCH, config.latent_channels)
         self.register_buffer("signal", alphas_cumprod.float())
         self.register_buffer("noise", (1 - alphas_cumprod.double()).float())
         self.register_buffer("doubt", torch.tensor(config.latent_std).float().square().repeat(len(TASKS), 1))
@@ -361,7 +336,7 @@ class Denoiser(nn.Module):
         tokens = tokens + sincos_positions(tokens.shape[-1], height, width, POSITION_SPAN).to(tokens)
         c = self.t_embedder(timestep) + self.y_embedder(task)
         for block in self.blocks:
-            tokens = block(tokens, c)
+            tokens, _ = block(tokens, c)
         rest = unpatchify(self.correction(tokens, c), height, width, self.PATCH)
         skip, gain = self.linear_part(timestep, task)
         if self.own is None:
