@@ -4,9 +4,8 @@
 
 One run measures both sides, turn about: steps of every size of the recipe's stages on batches of noise (reading scenes
 is done ahead, in a thread of its own, and not counted), and square matrix products in the recipe's precision.
-Operations are counted by torch's own counter over a whole step: forwards, backwards, and the unrolling without
-gradient. What the counter does not know (normalisation, activations, lookups, fused attention on the CPU) counts as
-nothing, so the share is a lower bound.
+Operations are counted over a whole step, as the loop's MFU is (`training.loop.speed`): forwards, backwards, and the
+unrolling without gradient. Normalisation, activations and lookups count as nothing, so the share is a lower bound.
 """
 
 from __future__ import annotations
@@ -16,15 +15,16 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from bench.machine import describe
 from training.data import Batch, Scenes
+from training.loop.speed import operations
 from training.models.perceiver import TASKS
 from training.train import Recipe, Run
 
@@ -42,13 +42,6 @@ class Noise(Scenes):
         return Batch(target[:, :3], target[:, :3], target, np.ones((count, size[0] // 8, size[1] // 8), np.float32))
 
 
-class Bare(Run):
-    """A run on noise."""
-
-    def open_scenes(self) -> Scenes:
-        return Noise()
-
-
 def seconds(work: Callable[[], object], device: str) -> float:
     if device != "cpu":
         torch.cuda.synchronize()
@@ -59,25 +52,15 @@ def seconds(work: Callable[[], object], device: str) -> float:
     return time.perf_counter() - began
 
 
-class Operations(TorchDispatchMode):
-    """Counts by torch's own formulas, without its module tracker, which does not bear the unrolling."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if func.overloadpacket in flop_registry:
-            self.total += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
-        return out
+def starts(recipe: Recipe) -> list[int]:
+    """The first step of every stage."""
+    return [sum(stage.steps for stage in recipe.stages[:place]) for place in range(len(recipe.stages))]
 
 
-def operations(work: Callable[[], object]) -> int:
-    with Operations() as counted:
-        work()
-    return counted.total
+def advance(run: Run, step: int, batches: dict[str, Batch]) -> None:
+    """One step of the loop, as if it stood at `step`."""
+    run.loop.step = step
+    run.loop.advance([(0, batches)])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -95,14 +78,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("| size | samples a step | GFLOP a sample | samples/s | GFLOP/s | matrix product, GFLOP/s | share |")
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        run = Bare(Recipe(**{**vars(recipe), "start": ""}), Path(folder), args.device)
-        for stage in recipe.stages:
+        run = Run(replace(recipe, start=""), Path(folder), args.device, Noise())
+        for begun, stage in zip(starts(recipe), recipe.stages, strict=True):
             for size in dict.fromkeys(stage.sizes):
-                batches = {task: run.scenes.batch(0, task, stage.samples(task), size) for task in TASKS}
-                total = operations(lambda s=stage, b=batches: run.update(s, b))
+                batches = {task: Noise().batch(0, task, stage.samples(task), size) for task in TASKS}
+                work = partial(advance, run, begun, batches)
+                work()  # and the loop has counted for itself
+                total = operations(work)
                 steps, products = [], []
                 for _ in range(args.steps + 2):
-                    steps.append(seconds(lambda s=stage, b=batches: run.update(s, b), args.device))
+                    steps.append(seconds(work, args.device))
                     products.append(seconds(lambda: one @ two, args.device))
                 step, product = float(np.median(steps[2:])), float(np.median(products[2:]))
                 rows = sum(len(b.image) for b in batches.values())

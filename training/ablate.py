@@ -23,7 +23,6 @@ import torch
 
 from training.backend import Eager, TorchBackend
 from training.evaluate import evaluate
-from training.export import describe
 from training.report import LABELS
 from training.train import Recipe, Run
 
@@ -42,7 +41,7 @@ class Variant:
 
 
 def read(path: Path) -> Iterator[Variant]:
-    """The recipe as it is, then each change of it. Raises TypeError for what no recipe has."""
+    """The recipe as it is, then each change of it. Raises InvalidInput for what no recipe has."""
     raw = tomllib.loads(path.read_text())
     changes = raw.pop("changes")
     yield Variant("as it is", "", Recipe.from_table(raw), {})
@@ -54,15 +53,12 @@ def read(path: Path) -> Iterator[Variant]:
 
 def judged(variant: Variant, out: Path, validation: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Train (or finish) one run in its own folder, and what its averaged weights are worth."""
-    run = Run(variant.recipe, out)
-    run.train()
+    progress = Run(variant.recipe, out).train()
     depth = facts["tasks"]["depth"]
     coding = {**depth["coding"], "knee": variant.recipe.depth_knee or None}
     tasks = {**facts["tasks"], "depth": {**depth, "coding": coding}}
-    done = {"samples": run.samples, "wall_clock_s": run.seconds}
-    folders = {"encoder": "encoder", "denoiser": facts["name"], "decoder": "decoder"}
-    card = describe(run.average, variant.recipe, done, {**facts, "tasks": tasks}, folders, {})
-    report = evaluate(validation, Eager(TorchBackend(run.average, card)))
+    report = evaluate(validation, Eager(TorchBackend.of_run(out, facts={**facts, "tasks": tasks})))
+    done = {"samples": progress.samples, "wall_clock_s": round(progress.seconds, 1)}
     means = {f"{mean.task}/{mean.group}/{mean.metric}": mean.value for mean in report.means()}
     return {"name": variant.name, "about": variant.about, "fields": variant.fields, **done, "means": means}
 

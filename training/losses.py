@@ -90,9 +90,10 @@ def denoising_error(
         rows.repeat_interleave(draws, 0) for rows in (seen.latent, seen.context, seen.detail, seen.weight, seen.y)
     )
     counts = torch.bincount(seen.y).tolist()
+    at = generator.device
     t = torch.cat([timesteps(count * draws, shift, generator) for count in counts if count]).to(z0.device)
-    noise = torch.randn(z0.shape, generator=generator).to(z0)
-    believed = (torch.rand(len(z0), generator=generator) < unroll).to(z0.device)
+    noise = torch.randn(z0.shape, generator=generator, device=at).to(z0)
+    believed = (torch.rand(len(z0), generator=generator, device=at) < unroll).to(z0.device)
     start = z0.clone()
     if believed.any():
         start[believed] = from_noise(model, schedule, noise[believed], y[believed], c[believed], d[believed])
@@ -118,9 +119,10 @@ def timesteps(count: int, shift: float, generator: torch.Generator) -> Tensor:
 
     u -> shift u / (1 + (shift - 1) u) (Esser et al. 2403.03206, eq. 23).
     """
-    u = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    at = generator.device
+    u = (torch.arange(count, device=at) + torch.rand(count, generator=generator, device=at)) / count
     t = shift * u / (1 + (shift - 1) * u)
-    return (t * 1000).long().clamp(max=999)[torch.randperm(count, generator=generator)]
+    return (t * 1000).long().clamp(max=999)[torch.randperm(count, generator=generator, device=at)]
 
 
 def matching_loss(motion: Motion, coded: Tensor, longer_edge: int) -> Tensor:

@@ -24,6 +24,7 @@ from saccade.card import Card
 from saccade.errors import InvalidInput, SaccadeError
 from saccade.repository import Repository, check_name
 from training.export import export
+from training.loading import merged, open_run
 from training.train import Recipe, Run
 
 log = logging.getLogger(__name__)
@@ -31,14 +32,14 @@ log = logging.getLogger(__name__)
 
 def refresh(name: str, like: str, recipe: Recipe, runs: Path, repository: Path) -> Card:
     """The candidate's card. Raises InvalidInput for a name that cannot be taken, ModelError for a model that is not in
-    order, FloatingPointError where training diverges."""
+    order, Diverged where the loss does."""
     check_name(name)
     if name == like:
         raise InvalidInput(f"a candidate needs a name of its own: {name} serves", param="name")
     facts = inherited(Repository(repository).card(like), name)
-    run = Run(recipe, runs / name)
-    run.train()
-    return export(run.out / "checkpoint.pt", recipe, repository, facts)
+    Run(recipe, runs / name).train()
+    servable, found = open_run(runs / name)
+    return export(servable, merged(found, facts), repository)
 
 
 def inherited(card: Card, name: str) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def inherited(card: Card, name: str) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     args = _arguments().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
-    for module in ("training.train", __name__):
+    for module in ("training.loop", __name__):
         logging.getLogger(module).setLevel(logging.INFO)
     torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
     card = refresh(args.name, args.like, Recipe.read(args.recipe), args.runs, args.repository)

@@ -1,37 +1,41 @@
-"""Train the default model: `python -m training.train CONFIG.toml [--out DIR]`.
+"""Train the default model: `python -m training.train CONFIG.toml [--out DIR]`, or the same under torchrun.
 
 One step draws the same number of samples of every task at one size, encodes them, and denoises each from several noise
 levels at once, so that the encoder's work is paid once (as it is when serving). A killed run goes on from its last
-checkpoint with the same command.
+checkpoint with the same command (`training.loop`).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
-import time
+import sys
 import tomllib
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 
+from saccade.errors import InvalidInput, ModelError, SaccadeError
 from saccade.repository import Repository
 from saccade.schedule import NoiseSchedule
 from saccade.tasks import DepthCoding
 from training import weights
 from training.data import Batch, Scenes
+from training.loop import Loop, LoopConfig, Objective, Progress, checkpoint
 from training.losses import Seen, denoising_error, see
 from training.models.codec import DCTCodec
 from training.models.perceiver import TASKS, Config, Model
 
 log = logging.getLogger(__name__)
+STAGE = "train"
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -81,19 +85,30 @@ class Recipe:
     matching_weight: float = 1.0
     depth_knee: float = 0.2
     bf16: bool = True
+    accumulate: int = 1
+    compile: bool = False
     checkpoint_s: float = 240
     model: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> Recipe:
-        return cls.from_table(tomllib.loads(path.read_text()))
+        """Raises InvalidInput for what is no recipe."""
+        try:
+            return cls.from_table(tomllib.loads(path.read_text()))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise InvalidInput(f"{path}: {error}", param="recipe") from None
 
     @classmethod
     def from_table(cls, raw: dict[str, Any]) -> Recipe:
-        """What TOML holds. Raises TypeError for a name that no recipe has."""
+        """What TOML or JSON holds. Raises InvalidInput for a name that no recipe has."""
         raw = dict(raw)
-        stages = tuple(Stage(**{**s, "sizes": tuple(tuple(x) for x in s["sizes"])}) for s in raw.pop("stages"))
-        return cls(stages=stages, **{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+        try:
+            stages = tuple(Stage(**{**s, "sizes": tuple(tuple(x) for x in s["sizes"])}) for s in raw.pop("stages"))
+            return cls(stages=stages, **{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+        except KeyError as error:
+            raise InvalidInput(f"a recipe needs {error.args[0]}", param=str(error.args[0])) from None
+        except TypeError as error:
+            raise InvalidInput(f"not a recipe: {error}", param="recipe") from None
 
     @property
     def noise(self) -> NoiseSchedule:
@@ -116,6 +131,27 @@ class Recipe:
     def steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
 
+    @property
+    def loop(self) -> LoopConfig:
+        """How the loop runs it; rates and rows are the stages' own."""
+        return LoopConfig(
+            steps=self.steps,
+            batch=sum(self.stages[0].samples(task) for task in TASKS),
+            accumulate=self.accumulate,
+            weight_decay=self.weight_decay,
+            betas=(0.9, 0.98),
+            ema=self.ema,
+            seed=self.seed,
+            bf16=self.bf16,
+            compile=self.compile,
+            checkpoint_s=self.checkpoint_s,
+        )
+
+    def open_scenes(self) -> Scenes:
+        """Raises FileNotFoundError where there are none."""
+        real, coding = tuple(Path(p) for p in self.real), DepthCoding(knee=self.depth_knee or None)
+        return Scenes(Path(self.scenes), real, self.real_share, self.seed, self.in_front, coding)
+
 
 def begin(model: Model, repository: Repository) -> None:
     """Give the model the weights of an exported one."""
@@ -130,125 +166,94 @@ def measure_latent_std(scenes: Scenes, codec: DCTCodec, size: tuple[int, int] = 
     return tuple(torch.cat(latents).pow(2).mean((0, 2, 3)).sqrt().clamp(min=0.03).tolist())
 
 
-class Run:
-    """A training run in a folder: checkpoint.pt, log.jsonl."""
+class Learner(Model):
+    """The model, with a forward that lets a step ask it several things at once: a sharded model gathers what the
+    encoder and the denoiser do not keep in `blocks` on its way into its forward, and only there."""
 
-    def __init__(self, recipe: Recipe, out: Path, device: str = "cpu") -> None:
-        self.recipe, self.out, self.device = recipe, out, torch.device(device)
-        out.mkdir(parents=True, exist_ok=True)
-        self.scenes = self.open_scenes()
-        torch.manual_seed(recipe.seed)
-        state = self.load()
-        std = state["latent_std"] if state else measure_latent_std(self.scenes, DCTCodec())
-        config = Config(latent_channels=len(std), latent_std=tuple(std), **recipe.model)
-        self.model, self.average = Model(config, recipe.noise), Model(config, recipe.noise)
-        if recipe.start and not state:
-            begin(self.model, Repository(Path(recipe.start)))
-        self.average.load_state_dict(self.model.state_dict())
-        for model in (self.model, self.average):
-            model.to(self.device)
-        self.model.encoder.to(memory_format=torch.channels_last)
-        decayed = [p for p in self.model.parameters() if p.ndim >= 2]
-        rest = [p for p in self.model.parameters() if p.ndim < 2]
-        groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
-        self.step, self.seconds, self.samples = 0, 0.0, 0
-        if state:
-            self.resume(state)
+    def forward(self, ask: Callable[[Model], Answer]) -> Answer:
+        return ask(self)
 
-    def open_scenes(self) -> Scenes:
-        recipe = self.recipe
-        real, coding = tuple(Path(p) for p in recipe.real), DepthCoding(knee=recipe.depth_knee or None)
-        return Scenes(Path(recipe.scenes), real, recipe.real_share, recipe.seed, recipe.in_front, coding)
 
-    def load(self) -> dict[str, Any] | None:
-        path = self.out / "checkpoint.pt"
-        return torch.load(path, weights_only=True, map_location=self.device) if path.exists() else None
+class Perceive(Objective):
+    """All three tasks at once, of a recipe."""
 
-    def resume(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds, self.samples = state["step"], state["seconds"], state["samples"]
-        log.info("resumed at step %d", self.step)
+    def __init__(self, recipe: Recipe, model: Learner, scenes: Scenes) -> None:
+        self.recipe, self.model, self.scenes = recipe, model, scenes
+        self.seen: tuple[Seen, ...] = ()
 
-    def save(self) -> None:
-        state = {
-            "model": self.model.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "latent_std": list(self.model.config.latent_std),
-            "step": self.step,
-            "seconds": self.seconds,
-            "samples": self.samples,
-        }
-        draft = self.out / "checkpoint.part"
-        torch.save(state, draft)
-        os.replace(draft, self.out / "checkpoint.pt")
-        self.scenes = self.open_scenes()  # shards may have been added
-
-    def draw(self, step: int) -> tuple[Stage, dict[str, Batch]]:
+    def batch(self, step: int, part: int, parts: int) -> dict[str, Batch]:
         stage, _ = self.recipe.at(step)
         size = stage.sizes[int(np.random.default_rng([self.recipe.seed, step]).integers(len(stage.sizes)))]
-        return stage, {task: self.scenes.batch(step, task, stage.samples(task), size) for task in TASKS}
+        counts = {task: stage.samples(task) for task in TASKS}
+        if odd := [task for task, count in counts.items() if count % parts]:
+            raise InvalidInput(f"{counts[odd[0]]} samples of {odd[0]} do not come to {parts} equal parts")
+        row = step * parts + part
+        return {task: self.scenes.batch(row, task, count // parts, size) for task, count in counts.items()}
 
-    def train(self) -> None:
-        saved = time.monotonic()
-        with ThreadPoolExecutor(1) as ahead:
-            coming: Future[tuple[Stage, dict[str, Batch]]] = ahead.submit(self.draw, self.step)
-            while self.step < self.recipe.steps:
-                began = time.monotonic()
-                stage, batches = coming.result()
-                coming = ahead.submit(self.draw, self.step + 1)
-                losses = self.update(stage, batches)
-                self.seconds += time.monotonic() - began
-                if self.step % 20 == 0:
-                    self.report(losses)
-                if time.monotonic() - saved > self.recipe.checkpoint_s:
-                    self.save()
-                    saved = time.monotonic()
-        self.save()
+    def rows(self, step: int) -> int:
+        stage, _ = self.recipe.at(step)
+        return sum(stage.samples(task) for task in TASKS)
 
-    def update(self, stage: Stage, batches: dict[str, Batch]) -> dict[str, float]:
-        _, lr = self.recipe.at(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bf16):
-            loss, losses, seen = self.loss(stage, batches)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {self.step}")
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        length = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        if not torch.isfinite(length):
-            raise FloatingPointError(f"the gradient's length is {length} at step {self.step}")
-        self.optimizer.step()
-        self.model.denoiser.learn_doubt(seen.estimate - seen.latent, seen.weight, seen.y)
-        decay = min(self.recipe.ema, (self.step + 1) / (self.step + 10))
-        with torch.no_grad():
-            mine, theirs = list(self.average.parameters()), list(self.model.parameters())
-            torch._foreach_lerp_(mine, theirs, 1 - decay)
-            self.average.denoiser.doubt.copy_(self.model.denoiser.doubt)
-        self.step += 1
-        self.samples += sum(stage.samples(task) for task in batches)
-        return losses
+    def rate(self, step: int) -> float:
+        return self.recipe.at(step)[1]
 
-    def loss(self, stage: Stage, batches: dict[str, Batch]) -> tuple[Tensor, dict[str, float], Seen]:
-        """The step's loss, its parts (the denoiser's by task, the encoder's own estimate, the matcher) and its rows."""
-        recipe = self.recipe
-        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + self.step)
-        seen = see(self.model, batches, recipe.task_weights, recipe.own_l1)
-        error, y = denoising_error(self.model, recipe.noise, seen, stage.draws, recipe.shift, recipe.unroll, generator)
-        losses = {task: float(error[y == TASKS.index(task)].detach().mean()) for task in batches}
-        losses |= {"own": float(seen.own.detach()), "matching": float(seen.matching.detach())}
-        return error.mean() + recipe.own_weight * seen.own + recipe.matching_weight * seen.matching, losses, seen
+    def loss(
+        self, model: Callable[..., Any], batch: dict[str, Batch], generator: torch.Generator, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Beside the loss: the denoiser's by task, the encoder's own estimate's, the matcher's."""
+        recipe, (stage, _) = self.recipe, self.recipe.at(step)
 
-    def report(self, losses: dict[str, float]) -> None:
-        row = {"step": self.step, "samples": self.samples, "seconds": round(self.seconds, 1), **losses}
-        with (self.out / "log.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        parts = " ".join(f"{k} {v:.4f}" for k, v in losses.items())
-        log.info("step %d/%d %s %.1f samples/s", self.step, self.recipe.steps, parts, self.samples / self.seconds)
+        def ask(model: Model) -> tuple[Tensor, Tensor, Seen]:
+            seen = see(model, batch, recipe.task_weights, recipe.own_l1)
+            noise = (stage.draws, recipe.shift, recipe.unroll, generator)
+            return *denoising_error(model, recipe.noise, seen, *noise), seen
+
+        error, y, seen = model(ask)
+        self.seen = (*self.seen, Seen(*(rows.detach() for rows in seen)))
+        parts = {task: error[y == TASKS.index(task)].mean() for task in batch}
+        loss = error.mean() + recipe.own_weight * seen.own + recipe.matching_weight * seen.matching
+        return loss, {**parts, "own": seen.own, "matching": seen.matching}
+
+    def after(self, model: Any, step: int) -> None:
+        """Keep up the denoiser's idea of how wrong the encoder's estimates are, over all parts."""
+        estimate, latent, weight, y = (
+            torch.cat([getattr(seen, name) for seen in self.seen]) for name in ("estimate", "latent", "weight", "y")
+        )
+        self.seen, denoiser = (), self.model.denoiser
+        denoiser.learn_doubt(estimate - latent, weight, y)
+        if dist.is_initialized():
+            dist.all_reduce(denoiser.doubt)
+            denoiser.doubt /= dist.get_world_size()
+
+
+class Run:
+    """A recipe's run in a folder."""
+
+    def __init__(self, recipe: Recipe, out: Path, device: str | None = None, scenes: Scenes | None = None) -> None:
+        self.recipe, self.out = recipe, out
+        scenes = scenes or recipe.open_scenes()
+        started = (out / checkpoint.CONFIG).exists()
+        std = latent_std(checkpoint.read_config(out)) if started else measure_latent_std(scenes, DCTCodec())
+        torch.manual_seed(recipe.seed)
+        self.model = Learner(Config(latent_channels=len(std), latent_std=std, **recipe.model), recipe.noise)
+        if recipe.start and not started:
+            begin(self.model, Repository(Path(recipe.start)))
+        self.model.encoder.to(memory_format=torch.channels_last)
+        self.objective = Perceive(recipe, self.model, scenes)
+        about = {"recipe": asdict(recipe), "latent_std": list(std)}
+        self.loop = Loop(self.objective, recipe.loop, out, STAGE, about, device)
+
+    def train(self) -> Progress:
+        """To the end. Raises what `Loop.run` does."""
+        return self.loop.run()
+
+
+def latent_std(config: dict[str, Any]) -> tuple[float, ...]:
+    """Of a run's configuration. Raises ModelError where it has none."""
+    std = config["about"].get("latent_std")
+    if not isinstance(std, list) or not all(isinstance(value, float | int) for value in std):
+        raise ModelError("the run's configuration has no latent_std: it is not a run of the default model")
+    return tuple(std)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -256,15 +261,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/default"))
     parser.add_argument("--threads", type=int, default=0, help="0: every core this process may use")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1; CUDA where it is")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
-    recipe = Recipe.read(args.config)
-    run = Run(recipe, args.out, args.device)
-    (args.out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1))
-    run.train()
+    Run(Recipe.read(args.config), args.out, args.device).train()
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SaccadeError as error:
+        sys.stderr.write(f"train: {error}\n")
+        raise SystemExit(2 if isinstance(error, InvalidInput) else 1) from error

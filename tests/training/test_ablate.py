@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from saccade.errors import InvalidInput
 from tests.training.test_train import toml
 from training import ablate, validation
 from training.train import Recipe
@@ -55,5 +56,5 @@ def test_every_change_is_trained_judged_and_told_once(config: Path, shards: Path
 
 def test_a_change_that_no_recipe_has_is_refused(config: Path) -> None:
     config.write_text(config.read_text().replace("depth_knee = 0.3\n\n", "depth_nee = 0.3\n\n"))
-    with pytest.raises(TypeError, match="depth_nee"):
+    with pytest.raises(InvalidInput, match="depth_nee"):
         list(ablate.read(config))

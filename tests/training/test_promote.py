@@ -256,6 +256,7 @@ def stubbed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     done: list[Any] = []
     monkeypatch.setattr(Run, "__init__", lambda self, recipe, out: setattr(self, "out", out))
     monkeypatch.setattr(Run, "train", lambda self: done.append(self.out))
+    monkeypatch.setattr(refresh, "open_run", lambda run: (run, {"training": {"samples": 4, "wall_clock_s": 1.0}}))
     monkeypatch.setattr(refresh, "export", lambda *arguments: done.append(arguments))
     return done
 
@@ -266,16 +267,15 @@ def test_a_refresh_has_a_name_of_its_own_and_the_facts_of_the_model_it_is_like(
     repository = Repository(toy_repository)
     (like,) = repository.denoisers()
     refresh.refresh("candidate", like, recipe, tmp_path, toy_repository)
-    trained, (checkpoint, used, into, facts) = stubbed
-    assert (trained, checkpoint, used, into) == (
-        tmp_path / "candidate", tmp_path / "candidate" / "checkpoint.pt", recipe, toy_repository
-    )  # fmt: skip
+    trained, (exported, facts, into) = stubbed
+    assert (trained, exported, into) == (tmp_path / "candidate", tmp_path / "candidate", toy_repository)
     card = repository.card(like)
     assert facts["name"] == "candidate"
     assert facts["licence"] == card.licence
     assert facts["tasks"].keys() == card.tasks.keys()
     assert "quality" not in facts  # nobody has measured it yet
     assert facts["training"]["data"] == card.training.data
+    assert facts["training"]["samples"] == 4
     assert str(len(os.sched_getaffinity(0))) in facts["training"]["device"]
 
 

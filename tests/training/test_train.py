@@ -1,11 +1,8 @@
-"""The trainer on a network of a few ten thousand weights: resumed runs, what stops it, its schedules."""
+"""The default model's recipe on a network of a few ten thousand weights: runs, what stops them, losses, schedules."""
 
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,23 +11,24 @@ import numpy as np
 import pytest
 import torch
 
+from saccade.errors import InvalidInput
 from saccade.tasks import FlowCoding
 from tests.training.conftest import TINY
 from training import losses, train
 from training.data import Batch
+from training.loop import Diverged, checkpoint
 from training.losses import timesteps
 from training.models.perceiver import Motion
 from training.train import Recipe, Run, Stage
-
-ROOT = Path(__file__).parents[2]
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def checkpoint(out: Path) -> dict[str, Any]:
-    return torch.load(out / "checkpoint.pt", weights_only=True)
+def ended(out: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
+    """Weights, averages, and what the checkpoint says of the run."""
+    return checkpoint.read(out, "model")[0], *checkpoint.read(out)
 
 
 @pytest.fixture(scope="module")
@@ -41,43 +39,49 @@ def whole(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def steps_of(run: Run, count: int) -> list[dict[str, float]]:
-    return [run.update(*run.draw(run.step)) for _ in range(count)]
-
-
-@pytest.mark.parametrize("after", [1, 3])
 def test_a_run_resumed_from_its_checkpoint_ends_where_a_whole_one_does(
-    recipe: Recipe, whole: Path, tmp_path: Path, after: int
+    recipe: Recipe, whole: Path, tmp_path: Path
 ) -> None:
-    first = Run(recipe, tmp_path)
-    losses = steps_of(first, after)
-    first.save()
-    second = Run(recipe, tmp_path)
-    assert second.step == after
-    second.train()
-    ended, expected = checkpoint(tmp_path), checkpoint(whole)
-    assert same(ended["model"], expected["model"])
-    assert same(ended["average"], expected["average"])
-    assert (ended["step"], ended["samples"]) == (expected["step"], expected["samples"]) == (4, 3 * (2 + 2 + 1 + 1))
-    assert all(np.isfinite(list(parts.values())).all() for parts in losses)
+    Run(recipe, tmp_path).loop.run(until=1)
+    Run(recipe, tmp_path).loop.run(until=3)
+    again = Run(recipe, tmp_path)
+    assert again.loop.step == 3
+    progress = again.train()
+    weights, averages, facts = ended(tmp_path)
+    assert same(weights, ended(whole)[0])
+    assert same(averages, ended(whole)[1])
+    assert (progress.step, progress.samples) == (facts["step"], facts["samples"]) == (4, 3 * (2 + 2 + 1 + 1))
+    assert facts["about"]["recipe"]["model"]["width"] == TINY["width"]
 
 
-TORN = """
-import os, signal, sys, torch
-from training import train
+def test_the_command_leaves_the_same_run(recipe: Recipe, whole: Path, tmp_path: Path) -> None:
+    config, out = tmp_path / "run.toml", tmp_path / "out"
+    config.write_text(toml(recipe))
+    train.main([str(config), "--out", str(out), "--threads", "1"])
+    assert same(ended(out)[1], ended(whole)[1])
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 4
+    assert {"depth", "flow", "amodal", "own", "matching", "loss"} <= rows[-1].keys()
 
-save, saves = torch.save, []
 
-def torn(state, path):
-    saves.append(path)
-    if len(saves) < 3:
-        return save(state, path)
-    path.write_bytes(b"half a checkpoint")
-    os.kill(os.getpid(), signal.SIGKILL)
+def test_a_finished_run_started_again_stays_as_it_is(recipe: Recipe, whole: Path) -> None:
+    before = ended(whole)
+    Run(recipe, whole).train()
+    after = ended(whole)
+    assert same(after[0], before[0])
+    assert same(after[1], before[1])
 
-torch.save = torn
-train.main(sys.argv[1:])
-"""
+
+def test_parts_of_a_batch_add_up_to_it(recipe: Recipe, tmp_path: Path) -> None:
+    """Stages of two samples a task, in two parts: every part has one; three parts are refused."""
+    halves = replace(recipe, accumulate=2, stages=recipe.stages[:1])
+    run = Run(halves, tmp_path)
+    parts = [run.objective.batch(0, part, 2) for part in range(2)]
+    assert [len(part["flow"].image) for part in parts] == [1, 1]
+    assert not np.array_equal(parts[0]["flow"].image, parts[1]["flow"].image)
+    assert run.train().samples == 2 * 6
+    with pytest.raises(InvalidInput, match="3 equal parts"):
+        run.objective.batch(0, 0, 3)
 
 
 def toml(recipe: Recipe) -> str:
@@ -92,28 +96,6 @@ def toml(recipe: Recipe) -> str:
     return "\n".join(lines)
 
 
-def test_a_run_killed_while_it_wrote_its_checkpoint_goes_on_from_the_one_before(
-    recipe: Recipe, whole: Path, tmp_path: Path
-) -> None:
-    config, out = tmp_path / "run.toml", tmp_path / "out"
-    config.write_text(toml(recipe))
-    command = [str(config), "--out", str(out), "--threads", "1"]
-    killed = subprocess.run([sys.executable, "-c", TORN, *command], cwd=ROOT, timeout=300, check=False)
-    assert killed.returncode == -signal.SIGKILL
-    assert (out / "checkpoint.part").read_bytes() == b"half a checkpoint"
-    assert checkpoint(out)["step"] == 2
-    train.main(command)
-    assert same(checkpoint(out)["model"], checkpoint(whole)["model"])
-    assert same(checkpoint(out)["average"], checkpoint(whole)["average"])
-    assert json.loads((out / "recipe.json").read_text())["model"]["width"] == TINY["width"]
-
-
-def test_a_finished_run_started_again_stays_as_it_is(recipe: Recipe, whole: Path) -> None:
-    before = checkpoint(whole)
-    Run(recipe, whole).train()
-    assert same(checkpoint(whole)["model"], before["model"])
-
-
 @pytest.fixture
 def run(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """At its first step, without the time it takes to measure latents."""
@@ -121,52 +103,62 @@ def run(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return Run(recipe, tmp_path)
 
 
+def first_step(run: Run) -> tuple[Stage, dict[str, Batch]]:
+    return run.recipe.stages[0], run.objective.batch(0, 0, 1)
+
+
+def loss_of(run: Run, batches: dict[str, Batch]) -> torch.Tensor:
+    """Of the first step, the same every time."""
+    return run.objective.loss(run.model, batches, torch.Generator().manual_seed(0), 0)[0]
+
+
 def test_it_learns(run: Run) -> None:
     """The loss of one batch, at the same noise, before and after a few steps on it."""
-    stage, batches = run.draw(0)
+    _, batches = first_step(run)
     losses = []
     for _ in range(12):
-        run.step = 0
-        losses.append(sum(run.update(stage, batches).values()))
+        run.loop.step = 0
+        run.loop.advance([(0, batches)])
+        losses.append(run.loop.loss)
     assert losses[-1] < 0.9 * losses[0]
 
 
 def test_a_bad_picture_stops_the_run_before_the_weights(run: Run) -> None:
-    stage, batches = run.draw(0)
+    _, batches = first_step(run)
     batches["depth"].image[0, 0, 0, 0] = np.nan
     before = {key: value.clone() for key, value in run.model.state_dict().items()}
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 0"):
-        run.update(stage, batches)
+    with pytest.raises(Diverged, match=r"the loss is nan at step 0; its batch is in .*-part-0\.safetensors"):
+        run.loop.advance([(0, batches)])
     assert same(run.model.state_dict(), before)
 
 
 def test_a_bad_gradient_stops_the_run_before_the_weights(run: Run) -> None:
     run.model.denoiser.context.weight.register_hook(lambda gradient: gradient * np.inf)
     before = {key: value.clone() for key, value in run.model.state_dict().items()}
-    with pytest.raises(FloatingPointError, match="gradient"):
-        steps_of(run, 1)
+    with pytest.raises(Diverged, match="gradient"):
+        run.train()
     assert same(run.model.state_dict(), before)
 
 
 def test_what_weighs_nothing_does_not_matter(run: Run) -> None:
     """At the start, where the denoiser answers cell by cell."""
-    stage, batches = run.draw(0)
+    _, batches = first_step(run)
     depth = batches["depth"]
     depth.weight[:, :2] = 0
     target = depth.target.copy()
     target[:, :, :16] += 0.5
     other = batches | {"depth": Batch(depth.image, depth.prompt, target, depth.weight)}
     with torch.no_grad():
-        one, two = (run.loss(stage, b)[0] for b in (batches, other))
+        one, two = (loss_of(run, b) for b in (batches, other))
         depth.weight[:] = 1
-        three = run.loss(stage, other)[0]
+        three = loss_of(run, other)
     torch.testing.assert_close(one, two, rtol=1e-5, atol=0)
     assert abs(three - two) > 0.01
 
 
 def test_unrolled_rows_are_asked_for_the_truth_whatever_their_latent_says(run: Run) -> None:
     """A model that knows the truth has no error on either kind of row; one that answers it to v's question has."""
-    stage, batches = run.draw(0)
+    stage, batches = first_step(run)
     seen = losses.see(run.model, batches, run.recipe.task_weights, own_l1=True)
     schedule, truth = run.recipe.noise, seen.latent.repeat_interleave(stage.draws, 0)
     signal = torch.tensor(schedule.alphas_cumprod).float()
@@ -186,15 +178,6 @@ def test_unrolled_rows_are_asked_for_the_truth_whatever_their_latent_says(run: R
         assert error.mean() < 1e-3 * (truth.square().sum(1) * seen.weight.repeat_interleave(stage.draws, 0)).mean()
 
 
-def test_the_average_follows_the_weights(run: Run) -> None:
-    """Early on the decay is (1 + step) / (10 + step)."""
-    start = {key: value.clone() for key, value in run.average.named_parameters()}
-    steps_of(run, 1)
-    now = dict(run.model.named_parameters())
-    for key, value in run.average.named_parameters():
-        torch.testing.assert_close(value, 0.1 * start[key] + 0.9 * now[key], atol=1e-6, rtol=1e-5)
-
-
 def test_a_matcher_that_is_right_costs_nothing() -> None:
     """On 4 x 4 cells everything goes one cell right and one up; what leaves the picture does not count."""
     flow = np.stack([np.full((32, 32), 8.0), np.full((32, 32), -8.0)])
@@ -206,13 +189,6 @@ def test_a_matcher_that_is_right_costs_nothing() -> None:
     assert losses.matching_loss(right, coded, 32) < 1e-4
     assert losses.matching_loss(Motion(certain.roll(1, 2), right.coded), coded, 32) > 5
     assert losses.matching_loss(Motion(certain, -right.coded), coded, 32) > 0.5
-
-
-def test_a_report_is_a_row_of_the_log(run: Run) -> None:
-    run.step, run.seconds, run.samples = 20, 2.0, 90
-    run.report({"depth": 0.5})
-    rows = [json.loads(line) for line in (run.out / "log.jsonl").read_text().splitlines()]
-    assert rows == [{"step": 20, "samples": 90, "seconds": 2.0, "depth": 0.5}]
 
 
 def test_the_learning_rate_warms_up_and_falls_in_every_stage() -> None:
@@ -249,8 +225,17 @@ def test_a_recipe_reads_back_as_it_was_written(recipe: Recipe, tmp_path: Path) -
 def test_an_unknown_setting_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text("warm_up = 3\n" + toml(recipe))
-    with pytest.raises(TypeError, match="warm_up"):
+    with pytest.raises(InvalidInput, match="warm_up"):
         Recipe.read(file)
+
+
+@pytest.mark.parametrize("text", ["", "stages = 3", "stages = [", 'scenes = "x"\n[[stages]]\nsteps = 3'])
+def test_what_is_no_recipe_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(text)
+    with pytest.raises(InvalidInput) as refused:
+        Recipe.read(file)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(("count", "shift"), [(1, 2.5), (7, 1.0), (64, 2.5), (250, 4.0)])
