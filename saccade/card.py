@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from saccade import ddim
 from saccade.errors import ModelError
-from saccade.schedule import NoiseSchedule
+from saccade.schedule import CLEAN, NoiseSchedule, Spacing, pairs, timesteps
 from saccade.tasks import AmodalCoding, Coding, DepthCoding, FlowCoding, TaskName
 
 PARAMETER = "saccade_card"
@@ -34,8 +34,17 @@ class TaskCard(Part):
     """One task of the model: the label that selects it, how its target is coded, what callers get by default."""
 
     label: int = Field(ge=0)
+    passes: list[Annotated[int, Field(ge=0)]] = Field(
+        default_factory=list, description="labels of further runs: a flow in two has u under `label` and v under this"
+    )
+    blank: float = Field(default=0.0, description="what fills the prompt of a task that takes none")
     coding: dict[str, Any] = Field(default_factory=dict, description="fields of saccade.tasks.<Task>Coding")
     defaults: Defaults
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """A label for each run."""
+        return (self.label, *self.passes)
 
 
 class Latent(Part):
@@ -49,7 +58,12 @@ class Latent(Part):
 
 
 class Noise(Part):
-    """The forward process the model was trained with, and what it predicts."""
+    """The forward process the model was trained with, what it predicts, and where a sampler starts and ends.
+
+    `start` zeros: the way begins at zero instead of noise (one-step models, E2E-FT), so all members would be one.
+    `steps_offset`: of `leading` timesteps. `final` first: the last step ends at the noise of timestep 0 (diffusers'
+    set_alpha_to_one = false), not at the clean latent.
+    """
 
     schedule: Literal["linear", "scaled_linear", "cosine"]
     timesteps: int = Field(default=1000, ge=2)
@@ -57,6 +71,14 @@ class Noise(Part):
     beta_start: float | None = None
     beta_end: float | None = None
     prediction: ddim.Prediction
+    start: Literal["noise", "zeros"] = "noise"
+    steps_offset: int = Field(default=0, ge=0)
+    final: Literal["clean", "first"] = "clean"
+
+    def walk(self, steps: int, spacing: Spacing) -> list[tuple[int, int]]:
+        """(t, t_prev) of every step. Raises InvalidInput where the spacing cannot take so many."""
+        visited = timesteps(steps, spacing, self.timesteps, steps_offset=self.steps_offset)
+        return pairs(visited, CLEAN if self.final == "clean" else 0)
 
 
 class Training(Part):
@@ -92,7 +114,8 @@ class Card(Part):
     encoder: str
     decoder: str
     conditioning: list[str] = Field(description="the encoder's outputs, which are inputs of the denoiser")
-    tasks: dict[TaskName, TaskCard]
+    tasks: dict[TaskName, TaskCard] = Field(description="none for a class-conditional generator")
+    classes: int = Field(default=0, ge=0, description="class labels 0 .. classes - 1 that the raw denoiser knows")
     latent: Latent
     noise: Noise
     training: Training
@@ -102,9 +125,22 @@ class Card(Part):
     @model_validator(mode="after")
     def _consistent(self) -> Card:
         ddim.check(self.schedule, self.noise.prediction)
-        for name in self.tasks:
+        for name, task in self.tasks.items():
             self.coding(name)
+            if task.passes and (name != "flow" or len(task.passes) != 1):
+                raise ValueError(f"task {name}: only flow takes two runs, one for u and one for v")
         return self
+
+    @property
+    def labels(self) -> set[int]:
+        """Every label that the denoiser may be asked with; {0} where the card names none."""
+        told = {label for task in self.tasks.values() for label in task.labels} | set(range(self.classes))
+        return told or {0}
+
+    @property
+    def largest(self) -> int:
+        """The largest default size of its tasks, px; 0 where none is told."""
+        return max((task.defaults.processing_resolution for task in self.tasks.values()), default=0)
 
     @property
     def schedule(self) -> NoiseSchedule:

@@ -98,12 +98,17 @@ def timesteps(n: int, spacing: Spacing, total: int = 1000, *, steps_offset: int 
     return steps
 
 
-def pairs(timesteps: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """(t, t_prev) of every step of a sampler: from each timestep to the next in the list, at last to CLEAN (-1).
+def pairs(timesteps: NDArray[np.int64], last: int = CLEAN) -> list[tuple[int, int]]:
+    """(t, t_prev) of every step of a sampler: from each timestep to the next in the list, at last to `last`.
 
-    The way always ends at the clean picture. diffusers steps by total // n instead, whatever comes next in its list.
+    The way ends at the clean picture (CLEAN, -1) or, with 0, at the first timestep's little noise.
+    diffusers steps by total // n instead, whatever comes next in its list.
+    Raises InvalidInput where no step is left.
     """
-    return list(pairwise([*timesteps.tolist(), CLEAN]))
+    taken = [(t, t_prev) for t, t_prev in pairwise([*timesteps.tolist(), last]) if t > t_prev]
+    if not taken:
+        raise InvalidInput("one step from the last timestep leads nowhere: ask for trailing spacing", param="spacing")
+    return taken
 
 
 @lru_cache(maxsize=64)

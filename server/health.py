@@ -6,9 +6,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
+from saccade.backends import Backend, Ticket
 from saccade.errors import BackendUnavailable
 from saccade.pipeline import Inputs, Options, Pipeline
 from saccade.tasks import TASKS, TaskName
@@ -54,7 +56,8 @@ class Readiness:
     async def _run(self) -> None:
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S):
-                await probe(self.pipeline, next(iter(self.pipeline.card.tasks)))
+                task = next(iter(self.pipeline.card.tasks), None)
+                await (probe_graphs(self.pipeline.backend) if task is None else probe(self.pipeline, task))
         except TimeoutError:
             if self.clock() - self._at >= self.ttl_s:  # else real work has succeeded meanwhile
                 self._conclude(f"a tiny inference did not finish within {PROBE_TIMEOUT_S:g} s")
@@ -66,15 +69,17 @@ class Readiness:
 
 
 async def try_out(pipeline: Pipeline) -> None:
-    """What a model must pass before it serves: a few steps of every task, from pure noise to nearly none.
+    """What a model must pass before it serves: a few steps of every task, from pure noise to nearly none; of a model
+    without tasks, each of its graphs.
 
     Raises ModelError or BackendUnavailable.
     """
     steps = min(TRIAL_STEPS, pipeline.card.noise.timesteps)
-    for task in pipeline.card.tasks:
+    trials = [partial(probe, pipeline, task, steps) for task in pipeline.card.tasks]
+    for trial in trials or [partial(probe_graphs, pipeline.backend)]:
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S):
-                await probe(pipeline, task, steps)
+                await trial()
         except TimeoutError as error:
             raise BackendUnavailable(f"a tiny inference did not finish within {PROBE_TIMEOUT_S:g} s") from error
 
@@ -85,5 +90,17 @@ async def probe(pipeline: Pipeline, task: TaskName, steps: int = 1) -> None:
     prompt = TASKS[task].prompt
     next_image = ramp if prompt == "next_image" else None
     mask = ramp[..., 0] > 127 if prompt == "mask" else None
-    options = Options(steps=steps, ensemble_size=1, processing_resolution=PROBE_PX).resolve(pipeline.card, task)
-    await pipeline(Inputs(task, ramp, next_image, mask), options)
+    chosen = Options(steps=steps, ensemble_size=1, processing_resolution=PROBE_PX, spacing="trailing")
+    await pipeline(Inputs(task, ramp, next_image, mask), chosen.resolve(pipeline.card, task))
+
+
+async def probe_graphs(backend: Backend) -> None:
+    """The three graphs, one after another, on a small blank picture and its blank latent."""
+    latent, label = backend.card.latent, np.array([min(backend.card.labels)], np.int64)
+    edge = -(-PROBE_PX // latent.multiple) * latent.multiple
+    picture = np.zeros((1, 3, edge, edge), np.float32)
+    blank = np.zeros((1, latent.channels, edge // latent.stride, edge // latent.stride), np.float32)
+    seen = await backend.encode(picture, picture, label, Ticket())
+    conditioning = {name: seen[name] for name in backend.card.conditioning}
+    await backend.denoise(blank, np.zeros(1, np.int64), label, conditioning, Ticket())
+    await backend.decode(blank, Ticket())

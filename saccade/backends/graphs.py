@@ -59,7 +59,7 @@ class Graphs(ABC):
 
     async def encode(self, image: Array, prompt: Array, task: Labels, ticket: Ticket) -> Conditioning:
         results = await self.run("encoder", {"image": image, "prompt": prompt, "task": task})
-        return {name: results[name] for name in self.card.conditioning}
+        return {name: results[name] for name in self.card.conditioning or results}
 
     async def denoise(
         self, latent: Array, timestep: Labels, task: Labels, conditioning: Conditioning, ticket: Ticket

@@ -235,7 +235,7 @@ class Triton(Graphs):
         edge = -(-PROBE_PX // latent.multiple) * latent.multiple
         picture = np.zeros((1, 3, edge, edge), np.float32)
         noise = np.zeros((1, latent.channels, edge // latent.stride, edge // latent.stride), np.float32)
-        task = np.array([next(iter(self.card.tasks.values())).label], np.int64)
+        task = np.array([min(self.card.labels)], np.int64)
         timestep = np.array([self.card.noise.timesteps - 1], np.int64)
         seen = await run("encoder", {"image": picture, "prompt": picture, "task": task})
         conditioning = {name: seen[name] for name in self.card.conditioning}

@@ -14,7 +14,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from saccade.backends import Ticket
 from saccade.backends.graphs import Part, names
-from saccade.backends.stepping import Kind
+from saccade.backends.pace import Kind
 from saccade.backends.triton import Signature, Wire
 from saccade.card import Card
 from saccade.repository import Repository
@@ -84,7 +84,8 @@ def read(repository: Repository, card: Card) -> dict[str, Raw]:
         config = repository.config(name)
         config.name = name
         signature = Signature.of(config)
-        seen = {key: wire for key, wire in signature.given.items() if part != "encoder" or key in card.conditioning}
+        told = card.conditioning if part == "encoder" and card.conditioning else signature.given
+        seen = {key: wire for key, wire in signature.given.items() if key in told}
         raws[name] = Raw(part, repository.graph(name).parent.name, config, signature, seen)
     return raws
 
@@ -176,7 +177,7 @@ class Raws:
 
     def _check_values(self, raw: Raw, feeds: Arrays) -> None:
         allowed = {
-            "task": {task.label for task in self._card.tasks.values()},
+            "task": self._card.labels,
             "timestep": set(range(self._card.noise.timesteps)),
         }
         for name, value in feeds.items():
