@@ -25,7 +25,7 @@ from bench.machine import describe
 from saccade.backends.engines import default_threads, has_bf16, open_engine
 from saccade.repository import Repository, find_repository
 from training.backend import TorchBackend
-from training.export import NAMES, examples
+from training.servable import PARTS, Part
 
 Feeds = dict[str, np.ndarray]
 Outputs = list[np.ndarray]
@@ -40,13 +40,13 @@ def engines() -> list[tuple[str, str]]:
     return [EAGER, ("onnxruntime", "fp32"), ("openvino", "fp32"), *([("openvino", "bf16")] if has_bf16() else [])]
 
 
-def block(path: Path, part: str, engine: tuple[str, str], edge: int, count: int) -> tuple[list[float], Outputs]:
+def block(path: Path, part: Part, engine: tuple[str, str], edge: int, count: int) -> tuple[list[float], Outputs]:
     """Milliseconds of `count` forwards of one graph, and what they answered. Runs in a process of its own."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     repository = Repository(path)
     backend = TorchBackend.load(repository)
-    inputs = examples(backend.model, 1, edge, edge, seed=0)[part]
-    feeds = {name: value.numpy() for name, value in zip(NAMES[part][0], inputs, strict=True)}
+    inputs = backend.servable.examples(1, edge, edge, seed=0)[part]
+    feeds = {name: value.numpy() for name, value in zip(backend.servable.names[part][0], inputs, strict=True)}
     run = eager(backend, part) if engine == EAGER else compiled(repository, backend, part, *engine)
     for _ in range(WARM_UP):
         outputs = run(feeds)
@@ -58,9 +58,8 @@ def block(path: Path, part: str, engine: tuple[str, str], edge: int, count: int)
     return times, outputs
 
 
-def eager(backend: TorchBackend, part: str) -> Runner:
-    model = backend.model
-    module = {"encoder": model.encoder, "denoiser": model.denoiser, "decoder": model.codec}[part]
+def eager(backend: TorchBackend, part: Part) -> Runner:
+    module = backend.servable.module(part)
 
     def run(feeds: Feeds) -> Outputs:
         with torch.inference_mode():
@@ -70,14 +69,14 @@ def eager(backend: TorchBackend, part: str) -> Runner:
     return run
 
 
-def compiled(repository: Repository, backend: TorchBackend, part: str, engine: str, precision: str) -> Runner:
+def compiled(repository: Repository, backend: TorchBackend, part: Part, engine: str, precision: str) -> Runner:
     card = backend.card
     name = {"encoder": card.encoder, "denoiser": card.name, "decoder": card.decoder}[part]
     opened = open_engine(repository.graph(name), engine, precision, default_threads())
 
     def run(feeds: Feeds) -> Outputs:
         outputs = opened.run(feeds)
-        return [outputs[output] for output in NAMES[part][1]]
+        return [outputs[output] for output in backend.servable.names[part][1]]
 
     return run
 
@@ -88,7 +87,7 @@ def alone(*task: object) -> tuple[list[float], Outputs]:
         return pool.apply(block, task)
 
 
-def measure(path: Path, part: str, edge: int, rounds: int) -> dict[tuple[str, str], tuple[float, float]]:
+def measure(path: Path, part: Part, edge: int, rounds: int) -> dict[tuple[str, str], tuple[float, float]]:
     """Engine -> median milliseconds, relative error."""
     times: dict[tuple[str, str], list[float]] = {engine: [] for engine in engines()}
     outputs: dict[tuple[str, str], Outputs] = {}
@@ -107,7 +106,7 @@ def bench(path: Path, edge: int, rounds: int) -> str:
     repository = Repository(path)
     card = repository.card(repository.default())
     rows = []
-    for part in NAMES:
+    for part in PARTS:
         found = measure(path, part, edge, rounds)
         slowest = found[EAGER][0]
         for engine, (ms, off) in found.items():

@@ -3,7 +3,8 @@
 The command `saccade evaluate` and `python -m training.evaluate` both call
 
     main(data, *, url=None, repository=None, model=None, tasks=("depth", "flow", "amodal"), steps=None,
-         ensemble_size=None, reduction=None, seed=0, processing_resolution=None, out=None, run_sweep=False) -> Report
+         ensemble_size=None, reduction=None, seed=0, processing_resolution=None, out=None, run_sweep=False,
+         torch=None) -> Report
 
 Predictions are at the picture's own size. Depth: least-squares scale and shift of the prediction onto the true depth
 over valid pixels, clipped at 1e-3, then AbsRel and delta1. Flow: mean end-point error over valid pixels, nothing
@@ -18,9 +19,9 @@ import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,10 +32,15 @@ from saccade import metrics
 from saccade.calls import Choices
 from saccade.errors import InvalidInput, ModelError, SaccadeError
 from saccade.pipeline import Answer, Options
+from saccade.repository import Repository, find_repository
 from saccade.tasks import TaskName
 from training import baselines, evalset, sheets
+from training.config import read
 from training.evalset import ALL_TASKS, AmodalItem, DepthItem, FlowItem, Item
 from training.report import ALL, METRICS, WARNING, PictureScore, Report, Sweep, SweepPoint, Values, mean_of
+
+if TYPE_CHECKING:
+    from training.backend import Eager
 
 Progressed = Callable[[int, int, str], None]
 """Called with (done, total, what comes next)."""
@@ -51,6 +57,31 @@ class Seer(Protocol):
     def depth(self, image: Path, /, **choices: Unpack[Choices]) -> Answer: ...
     def flow(self, image: Path, next_image: Path, /, **choices: Unpack[Choices]) -> Answer: ...
     def amodal(self, image: Path, mask: Path, /, **choices: Unpack[Choices]) -> Answer: ...
+
+
+@dataclass(frozen=True)
+class OnTorch:
+    """A torch backend: of a run's folder (the default model's with `facts`, JSON of its tasks), or without one of the
+    default model in the repository. `batch_size`: members denoised together."""
+
+    run: Path | None = None
+    facts: Path | None = None
+    device: str = "cpu"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    batch_size: int = 1
+
+    def open(self, repository: Path | None, model: str | None) -> Eager:
+        """Raises InvalidInput and ModelError as `TorchBackend.of_run` does."""
+        from training.backend import Eager, TorchBackend
+
+        if self.run is not None:
+            if repository is not None or model is not None:
+                raise InvalidInput("a run is no model of a repository: leave one of them out", param="run")
+            facts = None if self.facts is None else read(self.facts)
+            how = {"device": self.device, "precision": self.precision}
+            return Eager(TorchBackend.of_run(self.run, facts=facts, **how), self.batch_size)
+        found = Repository(find_repository(repository))
+        return Eager(TorchBackend.load(found, model, self.device, self.precision), self.batch_size)
 
 
 class Trial(Protocol):
@@ -219,8 +250,11 @@ def main(
     processing_resolution: int | None = None,
     out: Path | None = None,
     run_sweep: bool = False,
+    torch: OnTorch | None = None,
 ) -> Report:
     """Evaluate a server at `url`, or a model of `repository` in this process, with a progress bar; print the summary.
+
+    `torch`: its torch modules, or a run's, in place of the repository's graphs; of the tasks, those that it has.
 
     `out`: a folder for report.md, report.json and a contact sheet for each task; with `run_sweep` also sweep.md,
     sweep.json and sweep.png. Raises InvalidInput for files or options that cannot be used, and what the seer raises.
@@ -233,7 +267,8 @@ def main(
         processing_resolution=processing_resolution,
     )
     console = Console(stderr=True)
-    with open_seer(url, repository, model) as seer:
+    with open_seer(url, repository, model, torch) as seer:
+        tasks = tasks if torch is None else _known(tasks, seer)
         with _bar(console, "evaluate") as progress:
             report = evaluate(data, seer, tasks=tasks, options=options, progress=progress)
         _publish(report.summary(), report.save(out) if out else [])
@@ -246,8 +281,15 @@ def main(
 
 
 @contextmanager
-def open_seer(url: str | None, repository: Path | None, model: str | None) -> Iterator[Seer]:
+def open_seer(
+    url: str | None, repository: Path | None, model: str | None, torch: OnTorch | None = None
+) -> Iterator[Seer]:
     """A client of the server at `url`, which chooses its model itself, or the model in this process."""
+    if torch is not None:
+        if url is not None:
+            raise InvalidInput("a server has its own backend: leave out url, or torch", param="url")
+        yield torch.open(repository, model)
+        return
     if url is None:
         from saccade.local import Local
 
@@ -260,6 +302,16 @@ def open_seer(url: str | None, repository: Path | None, model: str | None) -> It
 
     with Client(url) as client:
         yield client
+
+
+def _known(tasks: Sequence[TaskName], seer: Any) -> list[TaskName]:
+    """Those of the tasks that the model has. Raises InvalidInput where it has none of them."""
+    known = [task for task in tasks if task in seer.card.tasks]
+    if not known:
+        raise InvalidInput(
+            f"the model does {', '.join(seer.card.tasks) or 'nothing'}, not {', '.join(tasks)}", param="task"
+        )
+    return known
 
 
 def _trial(item: Item) -> Trial:

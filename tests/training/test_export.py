@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,16 @@ import torch
 from torch import nn
 
 from saccade.card import QualityPoint
-from saccade.errors import ModelError
+from saccade.errors import InvalidInput, ModelError
 from saccade.local import Local
 from saccade.repository import Repository
 from tests.toy import build
 from tests.training.conftest import TINY
-from training import annotate, export, weights
+from training import annotate, export, graphs, loading, weights
+from training.loop import checkpoint as checkpoints
 from training.models.perceiver import Config, Matcher, Model
+from training.servable import Part, Servable
+from training.stages.exporting import export_run
 from training.train import Recipe, Run
 
 pytestmark = [  # what the exporter says of its own innards
@@ -35,7 +38,7 @@ pytestmark = [  # what the exporter says of its own innards
 ]
 
 FACTS = Path(export.__file__).parent / "configs" / "saccade-s.json"
-MODELS = {"encoder": "saccade-s-encoder", "denoiser": "saccade-s", "decoder": "saccade-s-decoder"}
+MODELS: dict[Part, str] = {"encoder": "saccade-s-encoder", "denoiser": "saccade-s", "decoder": "saccade-s-decoder"}
 STD = tuple(np.linspace(0.1, 1.2, 26).tolist())
 
 
@@ -63,11 +66,19 @@ class Exported:
     recipe: Recipe
     repository: Path
 
+    @property
+    def run(self) -> Path:
+        return self.repository.parent / "run"
+
     def graph(self, part: str) -> Path:
         return self.repository / MODELS[part] / "1" / "model.onnx"
 
-    def module(self, part: str) -> nn.Module:
-        return export.module_of(self.model, part)
+    @property
+    def servable(self) -> Servable:
+        return loading.default_servable(self.model, self.recipe.schedule, self.recipe.zero_terminal_snr)
+
+    def module(self, part: Part) -> nn.Module:
+        return self.servable.module(part)
 
 
 CONFIG = """
@@ -91,25 +102,29 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     config.write_text(CONFIG + "\n".join(f"{key} = {json.dumps(value)}" for key, value in TINY.items()))
     recipe = Recipe.read(config)
     model, other = network(recipe, 0), network(recipe, 1)
-    state = {"average": model.state_dict(), "model": other.state_dict(), "latent_std": list(STD)}
-    torch.save(state | {"step": 4, "samples": 12, "seconds": 3.14159}, folder / "checkpoint.pt")
-    files = [str(folder / "checkpoint.pt"), str(folder / "repository")]
-    export.main([*files, "--recipe", str(config), "--facts", str(FACTS)])
+    run = folder / "run"
+    run.mkdir()
+    about = {"recipe": asdict(recipe), "latent_std": list(STD)}
+    checkpoints.write_config(run, {"stage": "train", "about": about, "loop": {}})
+    learned = dict(model.named_parameters())  # buffers are in `model` alone, as the loop keeps them
+    own = {key: value if key not in learned else other.state_dict()[key] for key, value in model.state_dict().items()}
+    checkpoints.save(run, 4, {"model": own, "average": learned}, {"samples": 12, "seconds": 3.14159})
+    export_run(run, folder / "repository", facts=FACTS)
     return Exported(model, recipe, folder / "repository")
 
 
 @pytest.mark.parametrize("part", MODELS)
 @pytest.mark.parametrize(("batch", "height", "width"), [(1, 16, 160), (4, 112, 80)])
 def test_graphs_answer_as_eager_torch_at_fresh_batches_and_sizes(
-    exported: Exported, part: str, batch: int, height: int, width: int
+    exported: Exported, part: Part, batch: int, height: int, width: int
 ) -> None:
-    inputs = export.examples(exported.model, batch, height, width, seed=99)[part]
-    assert export.disagreement(part, exported.module(part), inputs, exported.graph(part)) < 1e-4
+    size = batch, height, width
+    assert graphs.disagreement(exported.servable, part, exported.graph(part), size, seed=99) < 1e-4
 
 
 @pytest.mark.parametrize("part", MODELS)
-def test_weights_come_back_bit_for_bit(exported: Exported, part: str) -> None:
-    other = export.module_of(network(exported.recipe, 5), part)
+def test_weights_come_back_bit_for_bit(exported: Exported, part: Part) -> None:
+    other = replace(exported, model=network(exported.recipe, 5)).module(part)
     for value in other.state_dict().values():
         value.zero_()
     weights.read(exported.graph(part), other)
@@ -120,7 +135,7 @@ def test_weights_come_back_bit_for_bit(exported: Exported, part: str) -> None:
 @pytest.mark.parametrize(
     ("part", "other", "named"), [("denoiser", "encoder", "signal"), ("encoder", "decoder", r"stem\.")]
 )
-def test_another_models_graph_is_refused(exported: Exported, part: str, other: str, named: str) -> None:
+def test_another_models_graph_is_refused(exported: Exported, part: Part, other: str, named: str) -> None:
     module = exported.module(part)
     before = {key: value.clone() for key, value in module.state_dict().items()}
     with pytest.raises(ValueError, match=rf"model\.onnx holds no weight ({named})"):
@@ -150,6 +165,9 @@ def test_the_repository_is_one_that_the_server_reads(exported: Exported) -> None
         "timesteps": 1000,
         "zero_terminal_snr": True,
         "prediction": "v_prediction",
+        "start": "noise",
+        "steps_offset": 0,
+        "final": "clean",
     }
     assert (card.training.samples, card.training.wall_clock_s) == (12, 3.1)
     assert card.latent.model_dump() == {"channels": 26, "stride": 8, "scale": 1.0, "multiple": 16}
@@ -171,7 +189,7 @@ def test_what_was_exported_answers_requests(exported: Exported) -> None:
 
 
 @pytest.mark.parametrize("part", MODELS)
-def test_configurations_declare_the_graphs_inputs_and_outputs(exported: Exported, part: str) -> None:
+def test_configurations_declare_the_graphs_inputs_and_outputs(exported: Exported, part: Part) -> None:
     """Names, types and, past the batch, sizes: -1 where the graph leaves them open."""
     config = Repository(exported.repository).config(MODELS[part])
     graph = onnx.load(exported.graph(part)).graph
@@ -191,7 +209,7 @@ def test_configurations_declare_the_graphs_inputs_and_outputs(exported: Exported
 
 
 @pytest.mark.parametrize("part", MODELS)
-def test_graphs_say_nothing_of_the_machine_they_were_made_on(exported: Exported, part: str) -> None:
+def test_graphs_say_nothing_of_the_machine_they_were_made_on(exported: Exported, part: Part) -> None:
     data = exported.graph(part).read_bytes()
     for trace in (b"training/models", b"forward(self", str(Path.cwd()).encode(), b".py"):
         assert trace not in data
@@ -199,60 +217,64 @@ def test_graphs_say_nothing_of_the_machine_they_were_made_on(exported: Exported,
 
 def test_a_graph_that_disagrees_with_torch_is_found_out(exported: Exported) -> None:
     other = network(exported.recipe, 0)
+    servable = replace(exported, model=other).servable
     other.codec.synthesis *= 1.01
-    with pytest.raises(RuntimeError, match=r"decoder: the exported graph is .* off at batch 1, 192 x 144"):
-        export.verify("decoder", other, exported.graph("decoder"))
+    with pytest.raises(ModelError, match=r"decoder: the exported graph is .* off at batch 1, 192 x 144"):
+        graphs.verify(servable, "decoder", exported.graph("decoder"))
     other.codec.synthesis *= torch.nan
-    with pytest.raises(RuntimeError, match="nan off"):
-        export.verify("decoder", other, exported.graph("decoder"))
+    with pytest.raises(ModelError, match="nan off"):
+        graphs.verify(servable, "decoder", exported.graph("decoder"))
 
 
 def test_a_run_begins_with_what_was_exported(exported: Exported, recipe: Recipe, tmp_path: Path) -> None:
     run = Run(replace(recipe, start=str(exported.repository)), tmp_path)
-    wanted = torch.load(exported.repository.parent / "checkpoint.pt", weights_only=True)["average"]
+    wanted = exported.model.state_dict()
     for key, value in run.model.state_dict().items():
         assert torch.equal(value, wanted[key]), key
-        assert torch.equal(run.average.state_dict()[key], value), key
-
-
-@pytest.fixture
-def checkpoint(exported: Exported) -> Path:
-    return exported.repository.parent / "checkpoint.pt"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def test_a_failed_export_leaves_the_repository_as_it_was(
-    exported: Exported, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def wrong(part: str, module: nn.Module, inputs: Any, file: Path) -> None:
+def test_a_failed_export_leaves_the_repository_as_it_was(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(servable: Servable, part: Part, file: Path, *more: Any) -> None:
         file.parent.mkdir()
         file.write_bytes(b"another graph")
 
+    def found_out(servable: Servable, part: Part, file: Path) -> None:
+        if part == "decoder":
+            raise ModelError("decoder: off")
+
     before = contents(exported.repository)
-    monkeypatch.setattr(export, "export_graph", wrong)
-    monkeypatch.setattr(export, "disagreement", lambda part, *rest: 1.0 if part == "decoder" else 0.0)
-    with pytest.raises(RuntimeError, match="decoder"):
-        export.export(checkpoint, exported.recipe, exported.repository, json.loads(FACTS.read_text()))
+    monkeypatch.setattr(export, "write_onnx", wrong)
+    monkeypatch.setattr(export, "verify", found_out)
+    with pytest.raises(ModelError, match="decoder"):
+        export_run(exported.run, exported.repository, facts=FACTS)
     assert contents(exported.repository) == before
 
 
-def test_labels_that_the_model_was_not_trained_with_are_refused(exported: Exported) -> None:
-    facts = json.loads(FACTS.read_text())
-    facts["tasks"]["depth"]["label"], facts["tasks"]["flow"]["label"] = 1, 0
-    run = {"samples": 1, "wall_clock_s": 1.0}
-    with pytest.raises(ValueError, match="label"):
-        export.describe(exported.model, exported.recipe, run, facts, MODELS, {})
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"tasks": {"depth": {"label": 7, "coding": {"knee": 0.2}}}}, "label depth 7"),
+        ({"tasks": {"depth": {"label": 0, "coding": {}}}}, "knee 0, the run with 0.2"),
+        ({"licence": None}, "licence"),
+    ],
+)
+def test_facts_that_do_not_fit_the_run_are_refused(
+    exported: Exported, tmp_path: Path, change: dict[str, Any], told: str
+) -> None:
+    facts = {k: v for k, v in {**json.loads(FACTS.read_text()), **change}.items() if v is not None}
+    (tmp_path / "facts.json").write_text(json.dumps(facts))
+    with pytest.raises(InvalidInput, match=told):
+        export_run(exported.run, tmp_path / "repository", facts=tmp_path / "facts.json")
+    assert not (tmp_path / "repository").exists()
 
 
-def test_a_depth_code_that_the_model_was_not_trained_with_is_refused(exported: Exported) -> None:
-    facts = json.loads(FACTS.read_text())
-    facts["tasks"]["depth"]["coding"].pop("knee")
-    run = {"samples": 1, "wall_clock_s": 1.0}
-    with pytest.raises(ValueError, match=r"trained with 0\.2"):
-        export.describe(exported.model, exported.recipe, run, facts, MODELS, {})
+def test_a_run_of_the_default_model_needs_facts(exported: Exported, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="facts"):
+        export_run(exported.run, tmp_path)
 
 
 def test_a_measured_curve_is_written_into_the_card_and_nothing_else_changes(tmp_path: Path) -> None:
@@ -269,7 +291,7 @@ def test_a_measured_curve_is_written_into_the_card_and_nothing_else_changes(tmp_
 
 
 @pytest.mark.parametrize("part", MODELS)
-def test_graphs_compute_in_single_precision(exported: Exported, part: str) -> None:
+def test_graphs_compute_in_single_precision(exported: Exported, part: Part) -> None:
     """Older engines, Triton's among them, have no kernels for double's sines and cosines."""
     graph = onnx.shape_inference.infer_shapes(onnx.load(exported.graph(part))).graph
     double = onnx.TensorProto.DOUBLE
