@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Literal
 
+from saccade.backends import Ticket
+from saccade.backends.stepping import Stepping
 from saccade.card import Card
 from saccade.fit import Fit
 from saccade.pipeline import Resolved
@@ -25,10 +28,17 @@ MEMBER_PIXEL_BYTES = 128
 Size = tuple[int, int]
 
 
+Reason = Literal["full", "deadline"]
+MOST_WAIT_S = 600.0
+
+
 class Overloaded(Exception):
-    def __init__(self, retry_after_s: float) -> None:
-        super().__init__("the queue is full")
-        self.retry_after_s = retry_after_s
+    """`reason`: the queue is full, or what is served before a request would make it miss its deadline."""
+
+    def __init__(self, retry_after_s: float, reason: Reason = "full") -> None:
+        told = {"full": "the queue is full", "deadline": "the deadline cannot be met"}
+        super().__init__(told[reason])
+        self.retry_after_s, self.reason = retry_after_s, reason
 
 
 def work(card: Card, task: TaskName, options: Resolved, sizes: Sequence[Size], previews: int = 0) -> float:
@@ -83,22 +93,37 @@ class Admission:
         self._busy_since = 0.0
 
     @contextmanager
-    def admit(self, cost: float) -> Iterator[None]:
-        """Hold `cost` units while the block runs. Raises Overloaded if they do not fit; alone a request always fits."""
+    def admit(
+        self, cost: float, *, lane: Stepping | None = None, ticket: Ticket | None = None, least_s: float | None = None
+    ) -> Iterator[None]:
+        """Hold `cost` units while the block runs, and the place of `ticket` in `lane`.
+
+        Raises Overloaded if they do not fit, or if the ticket has a deadline that it would miss for what is served
+        before it, although it takes but `least_s` itself (left out: all that is ahead of it). Alone a request always
+        fits.
+        """
         if self.requests and self.pending + cost > self.limit:
-            raise Overloaded(self.wait_s(cost))
+            raise Overloaded(self.wait_s(cost, lane))
+        placed: AbstractContextManager[None] = nullcontext()
+        if lane is not None and ticket is not None:
+            if late_s := lane.late_s(ticket, ticket.remaining_s(lane.pace) if least_s is None else least_s):
+                raise Overloaded(_bounded(late_s), "deadline")
+            placed = lane.place(ticket)
         self._enter(cost)
         finished = False
         try:
-            yield
+            with placed:
+                yield
             finished = True
         finally:
             self._leave(cost, finished)
 
-    def wait_s(self, cost: float) -> float:
-        """Estimated seconds until `cost` fits, 1 to 600."""
+    def wait_s(self, cost: float, lane: Stepping | None = None) -> float:
+        """Estimated seconds until `cost` fits, 1 to 600: from the lane's backlog, or else from the rate so far."""
         surplus = self.pending + min(cost, self.limit) - self.limit
-        return min(600.0, max(1.0, surplus / self.rate.per_second))
+        if lane is not None and lane.backlog_s and self.pending:
+            return _bounded(lane.backlog_s * surplus / self.pending)
+        return _bounded(surplus / self.rate.per_second)
 
     def _enter(self, cost: float) -> None:
         if not self.requests:
@@ -112,3 +137,7 @@ class Admission:
         self._busy_since = now
         self.requests -= 1
         self.pending = self.pending - cost if self.requests else 0.0
+
+
+def _bounded(seconds: float) -> float:
+    return min(MOST_WAIT_S, max(1.0, seconds))

@@ -1,7 +1,8 @@
 """Who may ask: API keys of a file, hashed, each with its scopes and its rate. Without a file everybody may.
 
 An entry of the file has `name` (shown in logs; owns its jobs), `sha256` of the key in hex, `scopes` (left out: every
-one), `rate_per_minute` (left out: as many as it likes) and `burst` (asked at once before the rate holds).
+one), `rate_per_minute` (left out: as many as it likes), `burst` (asked at once before the rate holds) and `weight` (its
+share of a busy server, against that of the other keys; left out: 1).
 `saccade keys new` makes one.
 """
 
@@ -60,6 +61,7 @@ class Key(BaseModel):
     scopes: tuple[ScopeName, ...] = SCOPES
     rate_per_minute: float | None = Field(None, gt=0)
     burst: int = Field(10, ge=1)
+    weight: float = Field(1.0, ge=0.01, le=100)
 
 
 class _File(BaseModel):
@@ -175,9 +177,17 @@ def new() -> str:
     return MARK + secrets.token_urlsafe(32)
 
 
-def entry(name: str, key: str, scopes: Sequence[str] | None, rate_per_minute: float | None, burst: int) -> str:
+def entry(
+    name: str,
+    key: str,
+    scopes: Sequence[str] | None,
+    rate_per_minute: float | None,
+    burst: int,
+    weight: float = 1.0,
+) -> str:
     """The key's lines of the file; `scopes` None: every one. Raises InvalidInput."""
-    facts = {"name": name, "sha256": digest(key), "rate_per_minute": rate_per_minute, "burst": burst}
+    facts: dict[str, object] = {"name": name, "sha256": digest(key), "burst": burst, "weight": weight}
+    facts["rate_per_minute"] = rate_per_minute
     try:
         made = Key.model_validate(facts | {"scopes": tuple(SCOPES if scopes is None else scopes)})
     except ValidationError as error:
@@ -186,6 +196,7 @@ def entry(name: str, key: str, scopes: Sequence[str] | None, rate_per_minute: fl
     quoted = ", ".join(f'"{scope}"' for scope in made.scopes)
     lines = ["[[keys]]", f'name = "{made.name}"', f'sha256 = "{made.sha256}"', f"scopes = [{quoted}]"]
     lines += [] if rate_per_minute is None else [f"rate_per_minute = {rate_per_minute:g}", f"burst = {burst}"]
+    lines += [] if weight == 1 else [f"weight = {weight:g}"]
     return "\n".join([*lines, ""])
 
 
@@ -220,7 +231,8 @@ def _under(path: str, known: str) -> bool:
 
 
 class Keys:
-    """ASGI layer: 401 without a key that is known, 403 without the scope, 429 past the rate; else state["key"]."""
+    """ASGI layer: 401 without a key that is known, 403 without the scope, 429 past the rate; else state["key"] and its
+    state["weight"]."""
 
     def __init__(self, app: ASGIApp, ring: Ring) -> None:
         self.app, self.ring = app, ring
@@ -241,6 +253,7 @@ class Keys:
         key = None if given is None else self.ring.find(given)
         if key is not None:
             state(scope)["key"] = key.name
+            state(scope)["weight"] = key.weight
         if is_open(path):
             return
         if key is None:

@@ -2,56 +2,20 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from saccade.backends.ticket import Plan, Ticket
 from saccade.card import Card
+
+__all__ = ["Array", "Backend", "Conditioning", "Labels", "Plan", "Remote", "Ticket"]
 
 Array = NDArray[np.float32]
 Labels = NDArray[np.int64]
 Conditioning = Mapping[str, Array]
-
-
-@dataclass
-class Ticket:
-    """One request's place in the house: whose work a call is, and how long that work stood waiting.
-
-    A backend that queues calls `enqueue`, then `start` and `finish`, or `drop` when the caller has left. `queue_s`
-    grows only while something of the request waits and nothing of it runs.
-    """
-
-    queue_s: float = 0.0
-    waiting: int = 0
-    running: int = 0
-    _since: float = field(default_factory=time.perf_counter)
-
-    def _tick(self) -> None:
-        now = time.perf_counter()
-        if self.waiting and not self.running:
-            self.queue_s += now - self._since
-        self._since = now
-
-    def enqueue(self) -> None:
-        self._tick()
-        self.waiting += 1
-
-    def start(self) -> None:
-        self._tick()
-        self.waiting -= 1
-        self.running += 1
-
-    def finish(self) -> None:
-        self._tick()
-        self.running -= 1
-
-    def drop(self) -> None:
-        self._tick()
-        self.waiting -= 1
 
 
 class Backend(Protocol):
@@ -65,7 +29,8 @@ class Backend(Protocol):
     def card(self) -> Card: ...
 
     async def encode(self, image: Array, prompt: Array, task: Labels, ticket: Ticket) -> Conditioning:
-        """Pictures [B, 3, H, W] in [-1, 1] and label [B] -> the card's conditioning tensors, each [B, ...]."""
+        """Pictures [B, 3, H, W] in [-1, 1] and label [B] -> the card's conditioning tensors, each [B, ...]; of a model
+        without any, whatever its encoder gives."""
         ...
 
     async def denoise(

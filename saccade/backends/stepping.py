@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, Literal, Protocol
+from itertools import count
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from saccade.backends import Array, Backend, Conditioning, Labels, Ticket
+from saccade.backends.knee import WarmUp
+from saccade.backends.order import Dial, Order
+from saccade.backends.pace import Kind, Pace
 from saccade.card import Card
 from saccade.errors import BackendUnavailable, ModelError
 
-Kind = Literal["encode", "denoise", "decode"]
 Tensors = Mapping[str, NDArray[Any]]
 Observer = Callable[[str, int, float], None]
-
-LARGEST_BATCH = 8
-WORTHWHILE = 0.15
-MEASURING_S = 0.04
-WARM_UP_PX = 512
 
 
 class Tracer(Protocol):
@@ -48,6 +45,8 @@ class _Row:
     feeds: Tensors
     ticket: Ticket
     result: asyncio.Future[Tensors]
+    number: int
+    pixels: int
     caller: object = None
     batch: list[_Row] = field(default_factory=list)
     work: asyncio.Task[None] | None = None
@@ -62,8 +61,9 @@ class Stepping:
     """A lane in front of `backend`, with the same protocol.
 
     Calls are cut into rows. A batch is made when a slot is free: its first row is the oldest of the ticket whose turn
-    it is, the others are rows of the same graph and sizes, one from each ticket in turn, until `batch_size`. A ticket
-    that was served goes to the end, so a request with twenty members gets as much as a request with one.
+    it is by `order`, the others are rows of the same graph and sizes, of the tickets that follow, until `batch_size`.
+    Where several batches run at once, the last free slot is kept for a step while steps wait and none runs: pictures
+    that are encoded and decoded never stall the denoiser.
 
     Every denoising batch has exactly `batch_size` rows, filled up with copies of its first, so that the same
     arithmetic runs however many share it. Pictures and latents are encoded and decoded one at a time.
@@ -81,6 +81,7 @@ class Stepping:
         concurrency: int = 1,
         observer: Observer | None = None,
         tracer: Tracer | None = None,
+        order: Order | None = None,
     ) -> None:
         if min(1 if batch_size is None else batch_size, concurrency) < 1:
             raise ValueError("batch_size and concurrency must be at least 1")
@@ -91,9 +92,15 @@ class Stepping:
         self._observer = observer
         self._tracer = tracer
         self.finished = 0
-        self._lines: OrderedDict[int, deque[_Row]] = OrderedDict()
+        self.pace = Pace(self._batch_size, concurrency)
+        self.order: Order = Dial() if order is None else order
+        self._numbers = count()
+        self._lines: dict[int, deque[_Row]] = {}
+        self._placed: dict[int, Ticket] = {}
+        self._concurrency = concurrency
         self._batches: set[asyncio.Task[None]] = set()
         self._running: Counter[Kind] = Counter()
+        self._batches_of: Counter[Kind] = Counter()
         self._closed = False
 
     @property
@@ -129,13 +136,44 @@ class Stepping:
         """Whether a batch runs."""
         return bool(self._batches)
 
+    @property
+    def backlog_s(self) -> float:
+        """Seconds of the machine that everything takes which is in place or waits."""
+        return sum(ticket.work_s(self.pace) for ticket in self._known())
+
+    def before_s(self, ticket: Ticket) -> float:
+        """Of that, seconds that would be served before `ticket`, which need not be in place: what the order puts before
+        it, and what has an earlier deadline and can meet it, even if the order would rather give that up."""
+        now, others = self._now(), [known for known in self._known() if known is not ticket]
+        ranked = self.order.rank([*others, ticket], now, self.pace)
+        at, before_s = ranked.index(ticket), 0.0
+        for place, other in enumerate(ranked):
+            work, alone = other.left_s(now, self.pace)
+            promised = other.deadline is not None and now + alone <= other.deadline <= ticket.due
+            if place < at or (place > at and promised):
+                before_s += work
+        return before_s
+
+    def late_s(self, ticket: Ticket, least_s: float) -> float:
+        """Seconds by which `ticket` would miss its deadline for what is served before it, if it takes `least_s`."""
+        if ticket.deadline is None or not (before_s := self.before_s(ticket)):
+            return 0.0
+        return max(0.0, self._now() + before_s + least_s - ticket.deadline)
+
+    @contextmanager
+    def place(self, ticket: Ticket) -> Iterator[None]:
+        """What is ahead of `ticket` is part of the backlog while the block runs."""
+        if any(ticket.ahead):
+            self._come(ticket)
+        self._placed[id(ticket)] = ticket
+        try:
+            yield
+        finally:
+            del self._placed[id(ticket)]
+
     async def start(self) -> None:
         """Run every graph once, so that the first caller does not pay for it; measure the knee if it was not given."""
-        conditioning, latent = await self._warm_up()
-        if self._measure:
-            self._batch_size = await self._knee(latent, conditioning)
-        else:
-            await self._seconds_per_row(latent, conditioning, self._batch_size, 0)
+        self._batch_size = await WarmUp(self._backend, self.pace).run(None if self._measure else self._batch_size)
 
     async def encode(self, image: Array, prompt: Array, task: Labels, ticket: Ticket) -> Conditioning:
         return await self._submit("encode", {"image": image, "prompt": prompt, "task": task}, ticket)
@@ -174,10 +212,11 @@ class Stepping:
         count = len(next(iter(feeds.values())))
         cut = [{name: value[i : i + 1] for name, value in feeds.items()} for i in range(count)]
         caller = None if self._tracer is None else self._tracer.here()
-        rows = [_Row(kind, one, ticket, loop.create_future(), caller) for one in cut]
+        pixels = self._pixels(kind, feeds)
+        rows = [_Row(kind, one, ticket, loop.create_future(), next(self._numbers), pixels, caller) for one in cut]
         for row in rows:
             self._lines.setdefault(id(ticket), deque()).append(row)
-            ticket.enqueue()
+            ticket.enqueue(kind, pixels)
         loop.call_soon(self._pump)  # after the others that are ready now, so that they share the batch
         try:
             results = [await row.result for row in rows]
@@ -195,7 +234,7 @@ class Stepping:
         line = self._lines.get(id(row.ticket), ())
         if row in line:
             self._leave_line(row)
-            row.ticket.drop()
+            row.ticket.drop(row.kind, row.pixels)
 
     def _leave_line(self, row: _Row) -> None:
         line = self._lines[id(row.ticket)]
@@ -208,6 +247,7 @@ class Stepping:
         while self._free and (batch := self._take()):
             self._free -= 1
             self._running[batch[0].kind] += len(batch)
+            self._batches_of[batch[0].kind] += 1
             for row in batch:
                 row.ticket.start()
             task = asyncio.get_running_loop().create_task(self._work(batch))
@@ -221,35 +261,69 @@ class Stepping:
         self._batches.discard(task)
         self._fail(batch, BackendUnavailable("the batch was called off"))
         for row in batch:
-            row.ticket.finish()
+            row.ticket.finish(row.kind, row.pixels)
             row.batch, row.work = [], None
         self._running[batch[0].kind] -= len(batch)
+        self._batches_of[batch[0].kind] -= 1
         self._free += 1
         self._pump()
 
     def _take(self) -> list[_Row]:
-        """The next batch's rows, in turn."""
+        """The next batch's rows, in order."""
+        steps_only = self._keeps_the_last_slot()
+        ready = [line[0].ticket for line in self._lines.values() if _first(line, None, steps_only)]
+        if not ready:
+            return []
+        now = self._now()
+        for ticket in ready:
+            ticket.oldest_row = self._lines[id(ticket)][0].number
+            self._come(ticket)
+        turn = deque(self.order.turn(ready, now, self.pace))
         batch: list[_Row] = []
-        while row := self._next(batch[0] if batch else None):
+        while turn:
+            ticket = turn.popleft()
+            row = _first(self._lines.get(id(ticket), ()), batch[0] if batch else None, steps_only)
+            if row is None:
+                continue
             batch.append(row)
-            line = id(row.ticket)
             self._leave_line(row)
-            if line in self._lines:
-                self._lines.move_to_end(line)
+            self.order.took(ticket)
             if row.kind != "denoise" or len(batch) == self._batch_size:
                 break
+            if self.order.in_turn:
+                turn.append(ticket)
+            else:
+                turn.appendleft(ticket)
         return batch
 
-    def _next(self, first: _Row | None) -> _Row | None:
-        """The oldest row of the first line that has one which may join `first`."""
-        for line in self._lines.values():
-            for row in line:
-                if not row.result.cancelled() and (first is None or row.key == first.key):
-                    return row
-        return None
+    def _keeps_the_last_slot(self) -> bool:
+        """Whether the only free slot of several is for a step: one waits and none runs."""
+        if self._concurrency == 1 or self._free > 1 or self._batches_of["denoise"]:
+            return False
+        waiting = (row for line in self._lines.values() for row in line)
+        return any(row.kind == "denoise" and not row.result.cancelled() for row in waiting)
+
+    def _come(self, ticket: Ticket) -> None:
+        """Told to the order once, when something of it is known to be ahead."""
+        if ticket.arrived is None:
+            ticket.arrived = self._now()
+            self.order.came(ticket, ticket.arrived, self.pace)
+
+    def _known(self) -> list[Ticket]:
+        """Tickets in place, and others of which a row waits."""
+        waiting = {key: line[0].ticket for key, line in self._lines.items()}
+        return list((self._placed | waiting).values())
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def _pixels(self, kind: Kind, feeds: Tensors) -> int:
+        """Of the picture that the model is given."""
+        shape = feeds["image" if kind == "encode" else "latent"].shape
+        return int(shape[-2] * shape[-1]) * (1 if kind == "encode" else self.card.latent.stride**2)
 
     async def _work(self, batch: list[_Row]) -> None:
-        began = time.perf_counter()
+        began = self._now()
         try:
             with self._traced(batch):
                 results = await self._call(batch[0].kind, self._fill(batch))
@@ -264,8 +338,10 @@ class Stepping:
             for i, row in enumerate(batch):
                 if not row.result.done():
                     row.result.set_result({name: value[i : i + 1] for name, value in results.items()})
+            seconds = self._now() - began
+            self.pace.saw(batch[0].kind, batch[0].pixels, seconds)
             if self._observer is not None:
-                self._observer(batch[0].kind, len(batch), time.perf_counter() - began)
+                self._observer(batch[0].kind, len(batch), seconds)
 
     def _traced(self, batch: list[_Row]) -> AbstractContextManager[None]:
         if self._tracer is None:
@@ -301,48 +377,14 @@ class Stepping:
             case "decode":
                 return {"output": await self._backend.decode(feeds["latent"], ticket)}
 
-    async def _warm_up(self) -> tuple[Conditioning, Array]:
-        """Encode and decode noise at the largest default size; what a denoising step at that size takes."""
-        latent, tasks = self.card.latent, self.card.tasks.values()
-        wanted = max(task.defaults.processing_resolution or WARM_UP_PX for task in tasks)
-        edge = -(-wanted // latent.multiple) * latent.multiple
-        random = np.random.default_rng(0)
-        picture = random.uniform(-1, 1, (1, 3, edge, edge)).astype(np.float32)
-        cells = edge // latent.stride
-        noise = random.standard_normal((1, latent.channels, cells, cells), np.float32)
-        conditioning = await self._backend.encode(picture, picture, self._label(), Ticket())
-        await self._backend.decode(noise, Ticket())
-        return conditioning, noise
 
-    async def _knee(self, latent: Array, conditioning: Conditioning) -> int:
-        """The batch size past which doubling makes a row less than 15% cheaper."""
-        size, cost = 1, await self._seconds_per_row(latent, conditioning, 1, MEASURING_S)
-        while size < LARGEST_BATCH:
-            try:
-                doubled = await self._seconds_per_row(latent, conditioning, size * 2, MEASURING_S)
-            except ModelError:  # `size` rows have just run: so many are too many for it
-                break
-            if doubled > cost * (1 - WORTHWHILE):
-                break
-            size, cost = size * 2, doubled
-        return size
-
-    async def _seconds_per_row(self, latent: Array, conditioning: Conditioning, size: int, measuring_s: float) -> float:
-        """Of the fastest step, after one to warm up, tried for `measuring_s` seconds."""
-        timestep = np.full(size, self.card.noise.timesteps - 1, np.int64)
-        seen = {name: np.repeat(value, size, 0) for name, value in conditioning.items()}
-        rows = np.repeat(latent, size, 0)
-        best, until = float("inf"), float("inf")
-        while time.perf_counter() < until:
-            began = time.perf_counter()
-            await self._backend.denoise(rows, timestep, np.repeat(self._label(), size), seen, Ticket())
-            now = time.perf_counter()
-            best = min(best, now - began) if until < float("inf") else best
-            until = min(until, now + measuring_s)
-        return best / size
-
-    def _label(self) -> Labels:
-        return np.array([next(iter(self.card.tasks.values())).label], np.int64)
+def _first(line: Iterable[_Row], head: _Row | None, steps_only: bool) -> _Row | None:
+    """The oldest row that somebody waits for and that may join `head`."""
+    for row in line:
+        may_run = not row.result.cancelled() and (row.kind == "denoise" or not steps_only)
+        if may_run and (head is None or row.key == head.key):
+            return row
+    return None
 
 
 def _join(arrays: list[NDArray[Any]]) -> NDArray[Any]:

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bench.lane import run as in_virtual_time
 from saccade.backends import Ticket
+from saccade.backends.order import FirstCome, RoundRobin
 from saccade.backends.stepping import Stepping
 from saccade.errors import BackendUnavailable, ModelError
 from tests.backends.recorder import Recorder
@@ -133,7 +135,7 @@ def test_a_request_of_many_members_does_not_starve_another(toy_repository: Path,
 def test_tickets_take_turns_within_a_batch(toy_repository: Path) -> None:
     async def main() -> None:
         backend = Recorder.of(toy_repository)
-        lane = Stepping(backend, batch_size=4)
+        lane = Stepping(backend, batch_size=4, order=RoundRobin())
         one, two, three = Ticket(), Ticket(), Ticket()
         await asyncio.gather(
             *(step(lane, 10 + i, ticket=one) for i in range(5)),
@@ -148,7 +150,7 @@ def test_tickets_take_turns_within_a_batch(toy_repository: Path) -> None:
 def test_cancelling_withdraws_waiting_rows_at_once(toy_repository: Path) -> None:
     async def main() -> None:
         backend = Recorder.of(toy_repository, open=False)
-        lane = Stepping(backend, batch_size=1)
+        lane = Stepping(backend, batch_size=1, order=FirstCome())
         mine, other = Ticket(), Ticket()
         calls = [step(lane, i, ticket=mine) for i in range(10)] + [step(lane, 20, 21, 22, ticket=mine)]
         stays = step(lane, 99, ticket=other)
@@ -270,7 +272,7 @@ def test_sizes_below_one_are_refused(toy_repository: Path, wrong: dict[str, int]
 def test_a_ticket_counts_only_time_in_which_nothing_of_it_runs(toy_repository: Path) -> None:
     async def main() -> None:
         backend = Recorder.of(toy_repository, open=False)
-        lane = Stepping(backend, batch_size=1)
+        lane = Stepping(backend, batch_size=1, order=FirstCome())
         first, second = Ticket(), Ticket()
         calls = [step(lane, 1, ticket=first), step(lane, 2, ticket=first), step(lane, 3, ticket=second)]
         await settle()
@@ -303,13 +305,13 @@ def test_the_observer_hears_of_batches_that_succeeded(toy_repository: Path) -> N
 
 
 class Costly(Recorder):
-    """Takes the given milliseconds for a denoising batch of 1, 2, 4 and 8 rows."""
+    """Takes the given milliseconds for a denoising batch of 1, 2, 4 and 8 rows, and one for whatever else."""
 
     costs_ms: tuple[float, ...] = ()
 
-    async def denoise(self, latent: Any, *rest: Any) -> Any:
-        time.sleep(self.costs_ms[len(latent).bit_length() - 1] / 1e3)
-        return await super().denoise(latent, *rest)
+    async def run(self, kind: str, rows: Any) -> None:
+        await asyncio.sleep(self.costs_ms[len(rows).bit_length() - 1] / 1e3 if kind == "denoise" else 1e-3)
+        await super().run(kind, rows)
 
 
 @pytest.mark.parametrize(
@@ -328,7 +330,7 @@ def test_the_knee_is_where_a_row_stops_getting_cheaper(
         assert lane.batch_size == knee
         assert {kind for kind, _ in backend.ran} == {"encode", "denoise", "decode"}
 
-    run(main())
+    in_virtual_time(main())
 
 
 def test_a_given_batch_size_is_kept_and_warmed_up(toy_repository: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from saccade.backends import Array, Backend, Ticket
+from saccade.backends import Array, Backend, Conditioning, Labels, Ticket
 from saccade.backends.embedded import Embedded
 from saccade.errors import BackendUnavailable, ModelError
 from saccade.repository import Repository
@@ -287,13 +287,18 @@ def test_a_name_that_cannot_be_opened_leaves_the_old_one_serving(repository: Pat
 
 
 class Stuck(Opened):
-    """Warms up, and never answers again."""
+    """Warms up, which ends with steps, and never answers again."""
 
-    decoded = 0
+    stepped = False
+
+    async def denoise(
+        self, latent: Array, timestep: Labels, task: Labels, conditioning: Conditioning, ticket: Ticket
+    ) -> Array:
+        self.stepped = True
+        return await super().denoise(latent, timestep, task, conditioning, ticket)
 
     async def decode(self, latent: Array, ticket: Ticket) -> Array:
-        self.decoded += 1
-        if self.decoded > 1:
+        if self.stepped:
             await asyncio.Event().wait()
         return await super().decode(latent, ticket)
 

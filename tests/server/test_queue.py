@@ -88,6 +88,28 @@ def test_full_queue_is_429_and_recovers(backend: Backend) -> None:
     assert (first.status_code, later.status_code) == (200, 200)
 
 
+def test_a_budget_that_the_backlog_makes_impossible_is_429_and_an_idle_server_takes_it(backend: Backend) -> None:
+    async def story() -> tuple[httpx.Response, httpx.Response]:
+        gate = Gated(backend)
+        async with running(gate) as house:
+            gate.shut()
+            first = asyncio.create_task(house.ask("depth", steps=3, ensemble_size=2, budget_ms=20_000))
+            await until(lambda: gate.rows)
+            for _ in range(9):
+                house.model.stepping.pace.saw("denoise", 64 * 64, 30.0)
+            refused = await house.ask("depth", budget_ms=21_000)
+            assert (await house.counters())["saccade_backlog_seconds"] > 0
+            gate.open()
+            assert (await first).status_code == 200
+            assert (await house.counters())["saccade_backlog_seconds"] == 0
+            return refused, await house.ask("depth", budget_ms=21_000)
+
+    refused, idle = asyncio.run(story())
+    assert_problem(refused, 429, "overloaded")
+    assert int(refused.headers["retry-after"]) >= 1
+    assert idle.status_code == 200
+
+
 def test_a_client_that_leaves_takes_its_work_along() -> None:
     async def story() -> None:
         ended = asyncio.Event()

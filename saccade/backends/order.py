@@ -1,0 +1,195 @@
+"""Whose turn it is: orders of requests that wait for a batch. Pure objects: the clock's time and the pace are told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from heapq import heappop, heappush
+from itertools import accumulate, count
+from typing import Protocol
+
+from saccade.backends.pace import Pace
+from saccade.backends.ticket import Ticket
+
+STRETCH = 3.0
+PATIENCE = 32
+
+
+class Order(Protocol):
+    """Decides which request goes next. All times are in seconds of one clock.
+
+    `came` once for every ticket, before anything else of it is asked. `turn` for every batch that is made: its first
+    row is the first ticket's, and the others follow as long as their rows may join; with `in_turn` they give one row
+    each and begin again, else each gives what it has. `took` for every row that is taken.
+    """
+
+    in_turn: bool
+
+    def came(self, ticket: Ticket, now: float, pace: Pace) -> None: ...
+
+    def rank(self, tickets: Sequence[Ticket], now: float, pace: Pace) -> list[Ticket]:
+        """The order they would be served in. Changes nothing."""
+        ...
+
+    def turn(self, tickets: Sequence[Ticket], now: float, pace: Pace) -> list[Ticket]:
+        """The order for the batch that is made now."""
+        ...
+
+    def took(self, ticket: Ticket) -> None: ...
+
+
+class FirstCome:
+    """The request first whose row has waited longest."""
+
+    in_turn = False
+
+    def came(self, ticket: Ticket, now: float, pace: Pace) -> None:
+        pass
+
+    def rank(self, tickets: Sequence[Ticket], now: float, pace: Pace) -> list[Ticket]:
+        return sorted(tickets, key=lambda ticket: ticket.oldest_row)
+
+    def turn(self, tickets: Sequence[Ticket], now: float, pace: Pace) -> list[Ticket]:
+        return self.rank(tickets, now, pace)
+
+    def took(self, ticket: Ticket) -> None:
+        pass
+
+
+class RoundRobin:
+    """One row each, in turn: a request of twenty members gets as much as a request of one."""
+
+    in_turn = True
+
+    def __init__(self) -> None:
+        self._numbers = count()
+
+    def came(self, ticket: Ticket, now: float, pace: Pace) -> None:
+        ticket.turn = next(self._numbers)
+
+    def rank(self, tickets: Sequence[Ticket], now: float, pace: Pace) -> list[Ticket]:
+        return sorted(tickets, key=lambda ticket: ticket.turn)
+
+    def turn(self, tickets: Sequence[Ticket], now: float, pace: Pace) -> list[Ticket]:
+        return self.rank(tickets, now, pace)
+
+    def took(self, ticket: Ticket) -> None:
+        ticket.turn = next(self._numbers)
+
+
+class _Soft:
+    """Gives a request without a deadline a soft one, by weighted fair queueing.
+
+    A client's request starts, as far as the order is concerned, where the client's last one finished by its share of
+    the machine, which is its weight among those of all clients that are not done by theirs: start = max(now, finish),
+    finish = start + work / share. It is wanted by then, but not before `stretch` times what it takes alone. Requests of
+    nobody start now.
+    """
+
+    def __init__(self, stretch: float = STRETCH) -> None:
+        self.stretch = stretch
+        self._busy: dict[str, tuple[float, float]] = {}
+
+    def came(self, ticket: Ticket, now: float, pace: Pace) -> None:
+        work, alone = ticket.left_s(now, pace)
+        ticket.starts, finish = now, now
+        if ticket.client is not None:
+            self._busy = {client: busy for client, busy in self._busy.items() if busy[0] > now}
+            ticket.starts, _ = self._busy.get(ticket.client, (now, 0.0))
+            others = sum(weight for client, (_, weight) in self._busy.items() if client != ticket.client)
+            finish = ticket.starts + work * (1 + others / ticket.weight)
+            self._busy[ticket.client] = finish, ticket.weight
+        ticket.soft = max(finish, ticket.starts + self.stretch * alone)
+
+    def took(self, ticket: Ticket) -> None:
+        pass
+
+
+class ByDeadline(_Soft):
+    """The earliest deadline first, met or not."""
+
+    in_turn = False
+
+    def rank(self, tickets: Sequence[Ticket], now: float, pace: Pace) -> list[Ticket]:
+        return sorted(tickets, key=lambda ticket: (ticket.due, _age(ticket)))
+
+    def turn(self, tickets: Sequence[Ticket], now: float, pace: Pace) -> list[Ticket]:
+        return self.rank(tickets, now, pace)
+
+
+class Dial(_Soft):
+    """Those that can still be in time, by deadline; then the others, by what is left of them, least first, counted from
+    when they start by their client's share.
+
+    Who can be in time is found by Moore and Hodgson's rule: in the order of their deadlines each is given its work;
+    where one would be late, the largest so far is given up. So as many as possible are in time. One that is late goes
+    before them as long as it has less left than the first of them and makes none of them late.
+
+    Nothing starves: of `patience` batches in a row one at least is headed by the oldest of those whose deadline, said
+    or soft, is past. From its deadline on a request therefore waits for at most `patience` times the work of those that
+    came before it, whatever comes after it.
+    """
+
+    in_turn = False
+
+    def __init__(self, stretch: float = STRETCH, patience: int = PATIENCE) -> None:
+        super().__init__(stretch)
+        self.patience = patience
+        self._passed = 0
+
+    def rank(self, tickets: Sequence[Ticket], now: float, pace: Pace) -> list[Ticket]:
+        left = {id(ticket): ticket.left_s(now, pace) for ticket in tickets}
+        by_deadline = sorted(tickets, key=lambda ticket: (ticket.due, _age(ticket)))
+        kept = _most_in_time(by_deadline, left, now)
+        in_time = [ticket for ticket in by_deadline if id(ticket) in kept]
+        late = [ticket for ticket in by_deadline if id(ticket) not in kept]
+        late.sort(key=lambda ticket: (left[id(ticket)][1] + max(0.0, ticket.starts - now), _age(ticket)))
+        first = _harmless(in_time, late, left, now)
+        return late[:first] + in_time + late[first:]
+
+    def turn(self, tickets: Sequence[Ticket], now: float, pace: Pace) -> list[Ticket]:
+        ranked = self.rank(tickets, now, pace)
+        oldest = min((ticket for ticket in ranked if ticket.due < now), key=_age, default=ranked[0])
+        if self._passed >= self.patience - 1 and ranked[0] is not oldest:
+            ranked.remove(oldest)
+            ranked.insert(0, oldest)
+        self._passed = 0 if ranked[0] is oldest else self._passed + 1
+        return ranked
+
+
+Left = dict[int, tuple[float, float]]
+"""Of each ticket, by its id: seconds of the machine, and seconds until its end if it had that to itself."""
+
+
+def _most_in_time(by_deadline: Sequence[Ticket], left: Left, now: float) -> set[int]:
+    """The ids of those that will be in time, as many as possible (Moore 1968)."""
+    kept: list[tuple[float, float, int]] = []
+    total = 0.0
+    for ticket in by_deadline:
+        work, alone = left[id(ticket)]
+        if now + alone > ticket.due:
+            continue
+        heappush(kept, (-work, -ticket.due, id(ticket)))
+        total += work
+        if now + total > ticket.due:
+            total += heappop(kept)[0]
+    return {identity for _, _, identity in kept}
+
+
+def _harmless(in_time: Sequence[Ticket], late: Sequence[Ticket], left: Left, now: float) -> int:
+    """How many of `late` have less left than the first in time, and may go before all of them."""
+    if not in_time:
+        return 0
+    ends = accumulate(left[id(ticket)][0] for ticket in in_time)
+    slack = min(ticket.due - now - end for ticket, end in zip(in_time, ends, strict=True))
+    head_s = left[id(in_time[0])][1]
+    for number, ticket in enumerate(late):
+        work, alone = left[id(ticket)]
+        slack -= work
+        if slack < 0 or alone >= head_s:
+            return number
+    return len(late)
+
+
+def _age(ticket: Ticket) -> float:
+    """Small for the old; one that has not come yet is the youngest."""
+    return float("inf") if ticket.arrived is None else ticket.arrived

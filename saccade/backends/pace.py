@@ -1,0 +1,85 @@
+"""How long a batch takes: seconds by kind of graph and size of picture, learnt from the batches that ran."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import OrderedDict, deque
+from statistics import median
+from typing import Literal
+
+Kind = Literal["encode", "denoise", "decode"]
+KINDS: tuple[Kind, ...] = ("encode", "denoise", "decode")
+
+GUESS_PX = 256 * 256
+GUESS_S: dict[Kind, float] = {"encode": 0.2, "denoise": 0.05, "decode": 0.05}
+"""Of a batch at 256 x 256 px, until one of its kind has been seen."""
+KEPT = 9
+MOST_SIZES = 64
+
+
+class Pace:
+    """Seconds of a batch, by kind and the picture's pixels (those that the model is given).
+
+    A size that was seen takes the median of its last batches, so that one that stood still for a while changes nothing.
+    Between two sizes seen the time is linear in the pixels; beyond them it is in proportion to the nearest one's.
+    `batch_size` rows of denoising run together; `concurrency` batches do.
+    """
+
+    def __init__(self, batch_size: int = 1, concurrency: int = 1) -> None:
+        self.batch_size, self.concurrency = batch_size, concurrency
+        self._seen: dict[Kind, OrderedDict[int, deque[float]]] = {kind: OrderedDict() for kind in KINDS}
+        self._curves: dict[Kind, dict[int, float]] = {kind: {} for kind in KINDS}
+        self._known: dict[tuple[Kind, int], float] = {}
+
+    def saw(self, kind: Kind, pixels: int, seconds: float) -> None:
+        """A batch ran for `seconds`."""
+        seen = self._seen[kind]
+        seen.setdefault(pixels, deque(maxlen=KEPT)).append(seconds)
+        seen.move_to_end(pixels)
+        self._curves[kind][pixels] = median(seen[pixels])
+        if len(seen) > MOST_SIZES:
+            del self._curves[kind][seen.popitem(last=False)[0]]
+        self._known.clear()
+
+    def batch_s(self, kind: Kind, pixels: int) -> float:
+        """Seconds of one batch from its start to its end."""
+        found = self._known.get((kind, pixels))
+        if found is None:
+            found = self._known[kind, pixels] = self._between(kind, pixels)
+        return found
+
+    def _between(self, kind: Kind, pixels: int) -> float:
+        curve = sorted(self._curves[kind].items())
+        if not curve:
+            return GUESS_S[kind] * pixels / GUESS_PX
+        at = bisect_left(curve, pixels, key=lambda point: point[0])
+        if 0 < at < len(curve):
+            (low, fast), (high, slow) = curve[at - 1], curve[at]
+            return fast + (slow - fast) * (pixels - low) / (high - low)
+        size, seconds = curve[min(at, len(curve) - 1)]
+        return seconds * pixels / size
+
+    def together(self, kind: Kind) -> int:
+        """Rows of a full batch."""
+        return self.batch_size if kind == "denoise" else 1
+
+    def row_s(self, kind: Kind, pixels: int) -> float:
+        """What a row takes of the machine's time when there is work for all of it."""
+        return self.batch_s(kind, pixels) / self.together(kind) / self.concurrency
+
+    def rows_s(self, kind: Kind, pixels: int, rows: int, at_once: int = 1) -> float:
+        """Seconds until `rows` are done where nothing else runs and `at_once` of them never wait for each other."""
+        wide = max(1, min(rows, at_once))
+        batches = -(-wide // self.together(kind))  # of one round
+        rounds = -(-rows // wide)
+        return rounds * self.batch_s(kind, pixels) * -(-batches // self.concurrency)
+
+    def alone_s(self, pixels: int, steps: int, members: int) -> float:
+        """Seconds of a request's graphs (one encoding, `steps` x `members`, a decoding each) that has all to itself."""
+        denoise = steps * self.rows_s("denoise", pixels, members, members)
+        return self.rows_s("encode", pixels, 1) + denoise + self.rows_s("decode", pixels, members, members)
+
+    def work_s(self, pixels: int, steps: int, members: int) -> float:
+        """Seconds of the machine that such a request takes when it shares its batches with others."""
+        rows: dict[Kind, int] = {"encode": 1, "denoise": steps * members, "decode": members}
+        return sum(count * self.row_s(kind, pixels) for kind, count in rows.items())

@@ -1,0 +1,144 @@
+"""One request's place in the house: whose it is, until when it is wanted, and what of it is still to be done."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from saccade.backends.pace import Kind, Pace
+
+ELASTIC = 1 / 3
+LAST = 2**62
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows of one question: `encode` pictures, `denoise` steps of all members, `decode` members; `pixels` of the
+    picture that the model is given."""
+
+    pixels: int
+    encode: int = 0
+    denoise: int = 0
+    decode: int = 0
+
+
+@dataclass
+class Ticket:
+    """One request's place in the house.
+
+    `deadline`: when its answer is wanted, in seconds of the event loop's clock; None: as soon as possible. `client`:
+    who shares among their requests what a client gets; None: nobody. A client of twice the `weight` gets twice as much.
+    `elastic`: at its deadline it is content with what there is by then. The order of the lane keeps `soft`, the
+    deadline that it goes by where there is none, `starts`, `arrived`, `turn` and `oldest_row`.
+
+    `expect` and `plan` say what is ahead; rows that ran or were withdrawn are taken from it, and rows that come
+    unplanned are added. `remaining_s` is then known at any time.
+
+    A backend that queues calls `enqueue`, then `start` and `finish`, or `drop` when the caller has left. `queue_s`
+    grows only while something of the request waits and nothing of it runs.
+    """
+
+    deadline: float | None = None
+    client: str | None = None
+    weight: float = 1.0
+    elastic: bool = False
+    soft: float | None = None
+    starts: float = 0.0
+    queue_s: float = 0.0
+    waiting: int = 0
+    running: int = 0
+    at_once: int = 0
+    arrived: float | None = None
+    turn: int = LAST
+    oldest_row: int = LAST
+    _ahead: dict[tuple[Kind, int], int] = field(default_factory=dict)
+    _expected: deque[Plan] = field(default_factory=deque)
+    _submitted: Counter[tuple[Kind, int]] = field(default_factory=Counter)
+    _since: float = field(default_factory=time.perf_counter)
+
+    def expect(self, plan: Plan) -> None:
+        """A question that will come: counted from now on, and replaced by the first `plan` that begins one."""
+        self._expected.append(plan)
+        self._add(plan, 1)
+
+    def plan(self, *, pixels: int, encode: int = 0, denoise: int = 0, decode: int = 0) -> None:
+        """Rows that are ahead of this request now. What begins with an encoding takes the place of a question that was
+        expected. Negative numbers take back what will not be done after all."""
+        made = Plan(pixels, encode, denoise, decode)
+        if self._expected and encode > 0:
+            self._add(self._expected.popleft(), -1)
+        self._add(made, 1)
+
+    @property
+    def due(self) -> float:
+        """The deadline that the order goes by."""
+        if self.deadline is not None:
+            return self.deadline
+        return float("inf") if self.soft is None else self.soft
+
+    @property
+    def ahead(self) -> Iterator[tuple[Kind, int, int]]:
+        """Kind, pixels and number of the rows that are still to be done."""
+        return ((kind, pixels, rows) for (kind, pixels), rows in self._ahead.items())
+
+    def remaining_s(self, pace: Pace) -> float:
+        """Seconds until everything is done if there were nobody else."""
+        return sum(pace.rows_s(*key, rows, self.at_once) for key, rows in self._ahead.items())
+
+    def work_s(self, pace: Pace) -> float:
+        """Seconds of the machine that everything takes which is still to be done."""
+        return sum(rows * pace.row_s(*key) for key, rows in self._ahead.items())
+
+    def left_s(self, now: float, pace: Pace) -> tuple[float, float]:
+        """`work_s` and `remaining_s`, as far as an order need count on them: what is elastic takes no more than
+        `ELASTIC` of the time until its deadline."""
+        work, alone = self.work_s(pace), self.remaining_s(pace)
+        if not self.elastic or self.deadline is None:
+            return work, alone
+        most = ELASTIC * max(0.0, self.deadline - now)
+        return min(work, most), min(alone, most)
+
+    def _add(self, plan: Plan, sign: int) -> None:
+        self.at_once = max(0, self.at_once + sign * plan.decode)
+        rows: dict[Kind, int] = {"encode": plan.encode, "denoise": plan.denoise, "decode": plan.decode}
+        for kind, count in rows.items():
+            self._count(kind, plan.pixels, sign * count)
+
+    def _count(self, kind: Kind, pixels: int, change: int) -> None:
+        left = self._ahead.pop((kind, pixels), 0) + change
+        if left > 0:
+            self._ahead[kind, pixels] = left
+
+    def _tick(self) -> None:
+        now = time.perf_counter()
+        if self.waiting and not self.running:
+            self.queue_s += now - self._since
+        self._since = now
+
+    def enqueue(self, kind: Kind, pixels: int) -> None:
+        self._tick()
+        self.waiting += 1
+        self._submitted[kind, pixels] += 1
+        unplanned = self._submitted[kind, pixels] - self._ahead.get((kind, pixels), 0)
+        self._count(kind, pixels, max(0, unplanned))
+
+    def start(self) -> None:
+        self._tick()
+        self.waiting -= 1
+        self.running += 1
+
+    def finish(self, kind: Kind, pixels: int) -> None:
+        self._tick()
+        self.running -= 1
+        self._ended(kind, pixels)
+
+    def drop(self, kind: Kind, pixels: int) -> None:
+        self._tick()
+        self.waiting -= 1
+        self._ended(kind, pixels)
+
+    def _ended(self, kind: Kind, pixels: int) -> None:
+        self._submitted[kind, pixels] -= 1
+        self._count(kind, pixels, -1)

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import pytest
+
+from saccade.backends import Plan, Ticket
+from saccade.backends.pace import Pace
+
+
+def seen(batch_size: int = 1, concurrency: int = 1) -> Pace:
+    """A second for a step of 100 px and three for one of 200, half for an encoding, a tenth for a decoding."""
+    pace = Pace(batch_size, concurrency)
+    pace.saw("denoise", 100, 1.0)
+    pace.saw("denoise", 200, 3.0)
+    pace.saw("encode", 100, 0.5)
+    pace.saw("decode", 100, 0.1)
+    return pace
+
+
+def test_a_size_between_two_that_were_seen_lies_on_the_line_between_them() -> None:
+    assert [seen().batch_s("denoise", pixels) for pixels in (100, 150, 200)] == [1.0, 2.0, 3.0]
+
+
+def test_a_size_beyond_those_seen_is_in_proportion_to_the_nearest() -> None:
+    assert seen().batch_s("denoise", 50) == pytest.approx(0.5)
+    assert seen().batch_s("denoise", 400) == pytest.approx(6.0)
+    assert seen().batch_s("encode", 200) == pytest.approx(1.0)
+
+
+def test_before_anything_ran_there_is_a_guess_that_grows_with_the_picture() -> None:
+    pace = Pace()
+    assert 0 < pace.batch_s("denoise", 128**2) < pace.batch_s("denoise", 256**2)
+
+
+def test_one_batch_that_stood_still_changes_nothing_and_a_machine_that_slows_down_does() -> None:
+    pace = seen()
+    for _ in range(4):
+        pace.saw("denoise", 100, 1.0)
+    pace.saw("denoise", 100, 90.0)
+    assert pace.batch_s("denoise", 100) == 1.0
+    for _ in range(9):
+        pace.saw("denoise", 100, 2.0)
+    assert pace.batch_s("denoise", 100) == 2.0
+
+
+def test_sizes_that_come_and_go_do_not_pile_up() -> None:
+    pace = Pace()
+    for pixels in range(1, 1000):
+        pace.saw("decode", pixels, float(pixels))
+    assert pace.batch_s("decode", 999) == 999
+    assert pace.batch_s("decode", 1) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "concurrency", "alone_s", "work_s"),
+    [(1, 1, 0.5 + 30 + 0.5, 0.5 + 30 + 0.5), (4, 1, 0.5 + 12 + 0.5, 0.5 + 7.5 + 0.5), (4, 2, 0.5 + 6 + 0.3, 4.25)],
+)
+def test_members_share_batches_and_steps_wait_for_each_other(
+    batch_size: int, concurrency: int, alone_s: float, work_s: float
+) -> None:
+    """Six steps of five members."""
+    pace = seen(batch_size, concurrency)
+    assert pace.alone_s(100, 6, 5) == pytest.approx(alone_s)
+    assert pace.work_s(100, 6, 5) == pytest.approx(work_s)
+    ticket = Ticket()
+    ticket.plan(pixels=100, encode=1, denoise=30, decode=5)
+    assert ticket.remaining_s(pace) == pytest.approx(alone_s)
+    assert ticket.work_s(pace) == pytest.approx(work_s)
+
+
+def rows(ticket: Ticket) -> dict[str, int]:
+    return {kind: count for kind, _, count in ticket.ahead}
+
+
+def test_what_ran_is_no_longer_ahead() -> None:
+    ticket = Ticket()
+    ticket.plan(pixels=100, encode=1, denoise=4, decode=2)
+    for _ in range(3):
+        ticket.enqueue("denoise", 100)
+        ticket.start()
+        ticket.finish("denoise", 100)
+    assert rows(ticket) == {"encode": 1, "denoise": 1, "decode": 2}
+    ticket.enqueue("denoise", 100)
+    ticket.drop("denoise", 100)
+    assert rows(ticket) == {"encode": 1, "decode": 2}
+
+
+def test_rows_that_nobody_planned_are_ahead_while_they_wait() -> None:
+    ticket = Ticket()
+    for _ in range(3):
+        ticket.enqueue("denoise", 100)
+    assert rows(ticket) == {"denoise": 3}
+    ticket.start()
+    ticket.finish("denoise", 100)
+    ticket.drop("denoise", 100)
+    ticket.drop("denoise", 100)
+    assert rows(ticket) == {}
+
+
+def test_a_plan_takes_the_place_of_what_was_expected() -> None:
+    ticket = Ticket()
+    ticket.expect(Plan(100, encode=1, denoise=50, decode=5))
+    ticket.expect(Plan(100, encode=1, denoise=50, decode=5))
+    assert rows(ticket) == {"encode": 2, "denoise": 100, "decode": 10}
+    ticket.plan(pixels=100, encode=1, denoise=8, decode=1)
+    assert rows(ticket) == {"encode": 2, "denoise": 58, "decode": 6}
+    ticket.plan(pixels=100, denoise=-3)
+    assert rows(ticket) == {"encode": 2, "denoise": 55, "decode": 6}
+    ticket.plan(pixels=100, denoise=4, decode=1)  # a member more, of the question that has begun
+    ticket.plan(pixels=100, denoise=-4, decode=-1)
+    assert rows(ticket) == {"encode": 2, "denoise": 55, "decode": 6}
+    ticket.plan(pixels=400, encode=1, denoise=2, decode=1)
+    assert sorted(ticket.ahead) == [
+        ("decode", 100, 1), ("decode", 400, 1), ("denoise", 100, 5), ("denoise", 400, 2), ("encode", 100, 1),
+        ("encode", 400, 1),
+    ]  # fmt: skip
+
+
+def test_what_is_elastic_never_counts_for_more_than_a_part_of_its_time() -> None:
+    ticket = Ticket(deadline=60.0, elastic=True)
+    ticket.plan(pixels=100, encode=1, denoise=1000, decode=1)
+    assert ticket.left_s(0.0, seen()) == (pytest.approx(20), pytest.approx(20))
+    assert ticket.left_s(70.0, seen()) == (0, 0)
+    assert ticket.remaining_s(seen()) > 1000
