@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from saccade.errors import InvalidInput
 
 if TYPE_CHECKING:
+    from saccade.dial import Quality
     from saccade.ensemble import Reduction
     from saccade.schedule import Spacing
 
@@ -46,6 +47,9 @@ class Choices(TypedDict, total=False):
     processing_resolution: int | None
     match_input_resolution: bool
     output_uncertainty: bool
+    budget_ms: int | None
+    quality: Quality | None
+    target_uncertainty: float | None
 
 
 def to_bytes(image: ImageLike, param: str) -> bytes:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hi
 
 import typer
 
-from saccade import __version__, clips
+from saccade import __version__, clips, researching
 from saccade.errands import Errand, Format, Task, collect, plan
 from saccade.errors import InvalidInput, ModelError, SaccadeError, ServerError
 
@@ -108,6 +108,17 @@ class Asking(Where):
     output_uncertainty: Annotated[
         bool, typer.Option("--output-uncertainty", help="Add the members' spread (formats npz, exr, json).")
     ] = False
+    budget_ms: Annotated[
+        int | None,
+        typer.Option(min=1, max=600_000, help="Milliseconds to spend: the best answer by then.", show_default=False),
+    ] = None
+    quality: Annotated[
+        Literal["fast", "balanced", "best"] | None,
+        typer.Option(help="Instead of --steps and --ensemble-size.", show_default=False),
+    ] = None
+    target_uncertainty: Annotated[
+        float | None, typer.Option(help="Add members until the answer is this sure.", show_default=False)
+    ] = None
     later: Annotated[
         bool,
         typer.Option(
@@ -129,7 +140,10 @@ class Asking(Where):
 
     def choices(self) -> dict[str, Any]:
         names = ("steps", "ensemble_size", "reduction", "seed", "spacing", "processing_resolution")
-        return {name: getattr(self, name) for name in (*names, "match_input_resolution", "output_uncertainty")}
+        dialled = ("budget_ms", "quality", "target_uncertainty")
+        return {
+            name: getattr(self, name) for name in (*names, "match_input_resolution", "output_uncertainty", *dialled)
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -385,12 +399,27 @@ def evaluate(
     processing_resolution: Resolution = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the report and its pictures.")] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Also measure quality against steps and members.")] = False,
+    backend: Annotated[
+        Literal["graphs", "torch"],
+        typer.Option(help="Run the repository's graphs, or torch modules: a run's (--run), or the default model's."),
+    ] = "graphs",
+    run: Annotated[
+        Path | None, typer.Option(help="With --backend torch: the folder of a run, as it is.", show_default=False)
+    ] = None,
+    facts: Annotated[
+        Path | None, typer.Option(help="With --run of the default model: JSON of its tasks.", show_default=False)
+    ] = None,
+    device: Annotated[str, typer.Option(help="With --backend torch: cpu, cuda, cuda:1.")] = "cpu",
+    precision: Annotated[
+        Literal["fp32", "bf16"], typer.Option(help="With --backend torch: arithmetic of its linear layers.")
+    ] = "fp32",
+    batch_size: Annotated[int, typer.Option(min=1, help="With --backend torch: members denoised together.")] = 1,
     where: Where = Where(),
 ) -> None:
     """How well the model answers, beside simple and classical methods. Needs the extra `train`."""
     if not data.is_dir():
         raise InvalidInput(f"no such folder: {data}", param="data")
-    with _wing():
+    with researching.wing():
         from training import evaluate as evaluation
     evaluation.main(
         data,
@@ -405,21 +434,11 @@ def evaluate(
         processing_resolution=processing_resolution,
         out=out,
         run_sweep=sweep,
+        torch=None if backend == "graphs" else evaluation.OnTorch(run, facts, device, precision, batch_size),
     )
 
 
-@app.command()
-def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file of training/configs.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run; one that was cut short goes on.")],
-) -> None:
-    """Train a model. Needs the extra `train`."""
-    if not recipe.is_file():
-        raise InvalidInput(f"no such file: {recipe}", param="recipe")
-    with _wing():
-        from training import train as training
-    training.main([str(recipe), "--out", str(out)])
-
+researching.add_to(app)
 
 keys = typer.Typer(name="keys", help="API keys of a server.", no_args_is_help=True, **LOOK)
 app.add_typer(keys)
@@ -439,27 +458,21 @@ def new_key(
     ] = None,
     rate: Annotated[float | None, typer.Option(help="Most requests a minute.", show_default="no limit")] = None,
     burst: Annotated[int, typer.Option(min=1, help="Requests at once before the rate holds.")] = 10,
+    weight: Annotated[
+        float, typer.Option(min=0.01, max=100, help="Its share of a busy server, against that of other keys.")
+    ] = 1.0,
     file: Annotated[Path | None, typer.Option(help="Keys file to add it to.", show_default="print its lines")] = None,
 ) -> None:
     """Make a key. It is shown this once: the server's file has only its digest."""
     from server import keys as ring
 
     key = ring.new()
-    lines = ring.entry(name, key, scope, rate, burst)
+    lines = ring.entry(name, key, scope, rate, burst, weight)
     if file is not None:
         ring.add(file, lines)
     else:
         typer.echo(f"# add this to the server's keys_file\n{lines}", err=True)
     typer.echo(key)
-
-
-@contextmanager
-def _wing() -> Iterator[None]:
-    """The training wing stands on packages that serving does without."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise SaccadeError(f"{error.name} is not installed: pip install 'saccade[train]'") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -525,6 +538,7 @@ def _answer_clip(task: Task, inputs: Sequence[Path], out: Path | None, asking: A
     reel.check(task, format, asking.render or "data", asking.output_uncertainty)
     with _model(asking) as model:
         seen = clips.ask(task, inputs, model, asking.about())
+    _tell_cut(seen, str(inputs[0]))
     clips.write(seen, where, format, asking.render)
     typer.echo(where)
 
@@ -572,9 +586,21 @@ def _check(task: Task, errands: Sequence[Errand], asking: Asking) -> None:
 
 def _run(task: Task, errand: Errand, asking: Asking, model: Client | Local) -> None:
     ask = {"depth": model.depth, "flow": model.flow, "amodal": model.amodal}[task]
-    data = _written(ask(**errand.pictures, **asking.choices()), errand, asking)  # type: ignore[operator]
+    answer: Answer = ask(**errand.pictures, **asking.choices())  # type: ignore[operator]
+    _tell_cut([answer], str(errand.pictures["image"]))
+    data = _written(answer, errand, asking)
     errand.out.parent.mkdir(parents=True, exist_ok=True)
     errand.out.write_bytes(data)
+
+
+def _tell_cut(answers: Iterable[Answer], name: str) -> None:
+    """On stderr, what the time has cut off."""
+    cut = [answer.plan for answer in answers if answer.plan is not None and not answer.plan.complete]
+    if cut:
+        least = min(cut, key=lambda plan: (plan.members, plan.steps_taken))
+        members = f"{least.members} of {least.ensemble_size} members"
+        told = f"the time was up: {members}, {least.steps_taken} of {least.steps} steps"
+        typer.echo(f"saccade: {name}: {told}", err=True)
 
 
 def _written(answer: Answer, errand: Errand, asking: Asking) -> bytes:
@@ -627,6 +653,8 @@ def _print_cards(cards: Sequence[Card]) -> None:
     table = Table("model", "task", "steps", "members", "reduction", "parameters", "licence", "digest", box=None)
     for card in cards:
         facts = (f"{card.parameters / 1e6:.1f} M", card.licence, card.digest[:12])
+        if not card.tasks:  # a generator of classes, for the raw protocol alone
+            table.add_row(card.name, "-", "-", "-", f"{card.classes} classes, /v2 only", *facts)
         for task, known in card.tasks.items():
             defaults = known.defaults
             table.add_row(card.name, task, str(defaults.steps), str(defaults.ensemble_size), defaults.reduction, *facts)

@@ -27,7 +27,8 @@ from saccade.errors import BackendUnavailable, InvalidInput
 from saccade.formats import read_mask, read_picture
 from saccade.formats.video import Bounds, read_video
 from saccade.metres import Points
-from saccade.pipeline import Answer, Inputs, Options, Picture, Pipeline
+from saccade.pipeline import Answer, Inputs, Options, Picture, Pipeline, Resolved
+from saccade.planner import Planner, Shape
 from saccade.repository import Repository, find_repository
 from saccade.sequence import Seen
 from saccade.tasks import TaskName
@@ -61,6 +62,7 @@ class Local:
         self._max_pixels = max_pixels
         self._backend = Stepping(embedded, batch_size=batch_size)
         self._pipeline = Pipeline(self._backend)
+        self._planner = Planner()
         self._closed = False
         self._door = threading.Lock()
         self._loop = asyncio.new_event_loop()
@@ -145,7 +147,8 @@ class Local:
         known: Points | None = None,
     ) -> Answer:
         began = time.perf_counter()
-        options = Options(**choices).resolve(self._pipeline.card, task)
+        wanted = Options(**choices)
+        wanted.resolve(self._pipeline.card, task)  # what cannot be done is said before anything is read
         limit = self._max_pixels
         inputs = Inputs(
             task,
@@ -155,7 +158,7 @@ class Local:
             else read_picture(to_bytes(next_image, "next_image"), max_pixels=limit, param="next_image"),
             None if mask is None else read_mask(to_bytes(mask, "mask"), max_pixels=limit),
         )
-        (answer,) = self._run(sequence.ask(self._pipeline, [inputs], options, known=known))
+        (answer,) = self._run(self._seen([inputs], wanted, began, known=known))
         total_ms = (time.perf_counter() - began) * 1e3
         return replace(answer, timings_ms={**answer.timings_ms, "total": total_ms})
 
@@ -168,9 +171,44 @@ class Local:
         steadily: bool = False,
         known: Points | None = None,
     ) -> Seen:
-        options = Options(**choices).resolve(self._pipeline.card, task)
+        began = time.perf_counter()
+        wanted = Options(**choices)
+        wanted.resolve(self._pipeline.card, task)
         asked = sequence.questions(task, frames)
-        return self._run(sequence.ask(self._pipeline, asked, options, steadily=steadily, known=known, fps=fps))
+        return self._run(self._seen(asked, wanted, began, steadily=steadily, known=known, fps=fps))
+
+    async def _seen(
+        self,
+        asked: Sequence[Inputs],
+        wanted: Options,
+        began: float,
+        *,
+        steadily: bool = False,
+        known: Points | None = None,
+        fps: float | None = None,
+    ) -> Seen:
+        """On the loop, where it is known what else there is to do."""
+        pipeline, task = self._pipeline, asked[0].task
+        options = wanted.resolve(pipeline.card, task)
+        shapes = await asyncio.to_thread(lambda: [self._shape(inputs, options) for inputs in asked])
+        arrived = asyncio.get_running_loop().time() - (time.perf_counter() - began)
+        chosen, spend = self._planner.spend(
+            self._backend, pipeline.card, task, wanted, options, shapes, steadily=steadily, arrived=arrived
+        )
+        ticket = self._planner.ticket(pipeline.card, task, chosen, spend, shapes)
+        with self._backend.place(ticket):
+            seen = await sequence.ask(
+                pipeline, asked, chosen, steadily=steadily, known=known, fps=fps, ticket=ticket, spend=spend
+            )
+        for answer, shape in zip(seen, shapes, strict=True):
+            self._planner.learn(answer, shape)
+        if spend is not None and wanted.budget_ms is not None and (plan := seen[0].plan) is not None:
+            self._planner.cut(spend, plan, time.perf_counter() - began - wanted.budget_ms / 1e3)
+        return seen
+
+    def _shape(self, inputs: Inputs, options: Resolved) -> Shape:
+        height, width = self._pipeline.fit(inputs, options).padded
+        return Shape(height * width, inputs.image.shape[0] * inputs.image.shape[1])
 
     def _frames(self, frames: Frames, stride: int | None, limit: int | None) -> tuple[Sequence[Picture], float | None]:
         """The pictures, and how many make a second where they are a video's."""

@@ -17,13 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from saccade import ddim, ensemble
+from saccade import ddim, dial, ensemble
+from saccade.anytime import Anytime, Sight, Spend
 from saccade.backends import Array, Backend, Conditioning, Labels, Ticket
-from saccade.card import Card
+from saccade.card import Card, TaskCard
 from saccade.errors import InvalidInput
 from saccade.fit import Fit, context_box, resize
 from saccade.metres import Metres, to_metres
-from saccade.schedule import Spacing, pairs, timesteps
+from saccade.schedule import Spacing
 from saccade.tasks import TASKS, AmodalCoding, DepthCoding, FlowCoding, TaskName
 
 Picture = NDArray[np.uint8]
@@ -39,6 +40,9 @@ class Options:
     `steps` DDIM steps; `ensemble_size` members; `reduction` of the members; `seed` of the noise; `spacing` of the
     timesteps; `processing_resolution` longer edge in pixels (0: the picture's own); `match_input_resolution` brings the
     answer back to the picture's size; `output_uncertainty` adds the map of the members' spread.
+
+    Instead of steps and members: `budget_ms`, milliseconds to spend; `quality`, a point of the card's measured curve;
+    `target_uncertainty`, members until the answer's mean uncertainty is that low (`saccade.dial`).
     """
 
     steps: int | None = None
@@ -49,13 +53,21 @@ class Options:
     processing_resolution: int | None = None
     match_input_resolution: bool = True
     output_uncertainty: bool = False
+    budget_ms: int | None = None
+    quality: dial.Quality | None = None
+    target_uncertainty: float | None = None
 
-    def resolve(self, card: Card, task: TaskName) -> Resolved:
-        """Fill in the card's defaults. Raises InvalidInput for what the task cannot do."""
+    def resolve(self, card: Card, task: TaskName, limits: dial.Limits = dial.NO_LIMITS) -> Resolved:
+        """Fill in the card's defaults, and what `quality` stands for; with a budget, the least that it may come to.
+        Raises InvalidInput for what the task cannot do."""
         if task not in card.tasks:
-            raise InvalidInput(f"model {card.name} does not do {task}; it does {', '.join(card.tasks)}", param="task")
+            known = ", ".join(card.tasks) or "no task: its graphs can be asked raw"
+            raise InvalidInput(f"model {card.name} does not do {task}; it does {known}", param="task")
         defaults = card.tasks[task].defaults
-        chosen = {f.name: getattr(self, f.name) for f in fields(self)}
+        chosen = {f.name: getattr(self, f.name) for f in fields(Resolved)}
+        if dial.dialled(self):
+            point = dial.unhurried(self, card, task, limits)
+            chosen |= {"steps": point.steps, "ensemble_size": point.members}
         chosen |= {k: getattr(defaults, k) for k, v in chosen.items() if v is None}
         resolved = Resolved(**chosen)
         resolved.check(card, task)
@@ -83,6 +95,12 @@ class Resolved:
             raise InvalidInput(f"steps must be 1 to {card.noise.timesteps}", param="steps")
         if self.ensemble_size < 1:
             raise InvalidInput("ensemble_size must be at least 1", param="ensemble_size")
+        card.noise.walk(self.steps, self.spacing)
+        if card.noise.start == "zeros" and self.ensemble_size > 1:
+            raise InvalidInput(
+                f"model {card.name} starts from zero, not from noise: its members would all be the same, ask for one",
+                param="ensemble_size",
+            )
         if self.processing_resolution < 0:
             raise InvalidInput("processing_resolution must be 0 or more", param="processing_resolution")
         if not 0 <= self.seed < 2**63:
@@ -118,7 +136,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Answer:
-    """What was seen.
+    """What was seen. `plan`: where steps and members were chosen for the caller, or time could end the work.
 
     `prediction`: depth [H, W] float32 in [0, 1], 0 nearest, or in metres where `metres` says how; flow [H, W, 2]
     float32 in pixels of the map's own size; amodal [H, W] bool, the whole object. `uncertainty`: [H, W] float32 or
@@ -135,6 +153,7 @@ class Answer:
     digest: str
     timings_ms: dict[str, float] = field(default_factory=dict)
     metres: Metres | None = None
+    plan: dial.Plan | None = None
 
     @property
     def units(self) -> str:
@@ -186,23 +205,45 @@ class Pipeline:
         return Fit.plan(source, options.processing_resolution, self.card.latent.multiple, box)
 
     async def __call__(
-        self, inputs: Inputs, options: Resolved, ticket: Ticket | None = None, watch: Watch | None = None
+        self,
+        inputs: Inputs,
+        options: Resolved,
+        ticket: Ticket | None = None,
+        watch: Watch | None = None,
+        spend: Spend | None = None,
     ) -> Answer:
         """Answer one request; cancelling withdraws its waiting steps. Raises ModelError or BackendUnavailable.
 
-        The answer is the same whether or not somebody watches.
+        The answer is the same whether or not somebody watches. `spend` may end it early, and its plan says so then.
         """
-        run = _Run(self.backend, inputs, options, self.fit(inputs, options), ticket or Ticket(), watch, self.surround)
+        if inputs.mask is None:
+            fit = self.fit(inputs, options)
+        else:  # where it lies takes a look at all of it
+            fit = await asyncio.to_thread(self.fit, inputs, options)
+        run = _Run(self.backend, inputs, options, fit, ticket or Ticket(), watch, self.surround)
+        run.plan()
         with run.timed("encode"):
             conditioning = await run.encode()
+        if spend is not None:
+            return await self._within(run, conditioning, spend)
         with run.timed("denoise"):
             latents = await _all(run.refine(member, conditioning) for member in range(options.ensemble_size))
         with run.timed("decode"):
             planes = await _all(run.decode(latent) for latent in latents)
         with run.timed("ensemble"):
-            answer = await asyncio.to_thread(run.conclude, np.concatenate(planes))
-        timings = {"queue": run.ticket.queue_s * 1e3, **{k: v * 1e3 for k, v in run.seconds.items()}}
-        return replace(answer, timings_ms=timings)
+            answer = await asyncio.to_thread(lambda: run.conclude(np.concatenate(planes)))
+        return replace(answer, timings_ms=run.timings_ms)
+
+    async def _within(self, run: _Run, conditioning: Conditioning, spend: Spend) -> Answer:
+        pace = getattr(self.backend, "pace", None)
+        at_once = 1 if pace is None else pace.batch_size * pace.concurrency
+        together = max(1, at_once // len(run.labels))
+        members = Anytime(run, conditioning, spend, together)
+        with run.timed("denoise"):
+            await members.collect()
+        with run.timed("ensemble"):
+            answer, plan = await asyncio.to_thread(members.conclude)
+        return replace(answer, plan=plan, timings_ms=run.timings_ms)
 
 
 async def _all(coroutines: Iterable[Coroutine[Any, Any, Array]]) -> list[Array]:
@@ -242,41 +283,88 @@ class _Run:
         return self.backend.card
 
     @property
-    def label(self) -> Labels:
-        return np.array([self.card.tasks[self.inputs.task].label], np.int64)
+    def task(self) -> TaskCard:
+        return self.card.tasks[self.inputs.task]
+
+    @property
+    def labels(self) -> Labels:
+        """[R], one for each run that an answer takes."""
+        return np.array(self.task.labels, np.int64)
+
+    @property
+    def timings_ms(self) -> dict[str, float]:
+        return {"queue": self.ticket.queue_s * 1e3, **{name: s * 1e3 for name, s in self.seconds.items()}}
+
+    def plan(self) -> None:
+        """Tell the ticket what is ahead."""
+        members, runs = self.options.ensemble_size, len(self.labels)
+        pixels = self.fit.padded[0] * self.fit.padded[1]
+        self.ticket.plan(pixels=pixels, encode=1, denoise=members * self.options.steps * runs, decode=members * runs)
+
+    def ahead(self, denoise: int, decode: int) -> None:
+        """Rows more, or fewer."""
+        self.ticket.plan(pixels=self.fit.padded[0] * self.fit.padded[1], denoise=denoise, decode=decode)
+
+    def spent(self, denoise_s: float, decode_s: float) -> None:
+        """Share the time in which members were refined and decoded side by side out between the two."""
+        whole = self.seconds["denoise"]
+        self.seconds["decode"] = whole * decode_s / max(denoise_s + decode_s, 1e-9)
+        self.seconds["denoise"] = whole - self.seconds["decode"]
 
     async def encode(self) -> Conditioning:
+        """What the denoiser is given of the pictures, a row for each run."""
         image, prompt = await asyncio.to_thread(self.pictures)
-        return await self.backend.encode(image, prompt, self.label, self.ticket)
+        seen = await self.backend.encode(image, prompt, self.labels[:1], self.ticket)
+        runs = len(self.labels)
+        return seen if runs == 1 else {name: np.repeat(value, runs, 0) for name, value in seen.items()}
 
     def pictures(self) -> tuple[Array, Array]:
-        """Image and prompt as the model takes them, [1, 3, h, w] each; a task without a prompt gets zeros."""
+        """Image and prompt as the model takes them, [1, 3, h, w] each; a task without a prompt gets a blank one."""
         image = self.fit.picture(self.inputs.image)
-        prompt = np.zeros_like(image)
+        prompt = np.full_like(image, self.task.blank)
         if self.inputs.next_image is not None:
             prompt = self.fit.picture(self.inputs.next_image)
         elif self.inputs.mask is not None:
             prompt = self.fit.mask(self.inputs.mask)
         return image[None], prompt[None]
 
-    async def refine(self, member: int, conditioning: Conditioning) -> Array:
-        """One member's way from noise to an estimate, [1, C, h, w]."""
-        latent, noise = self.card.latent, self.card.noise
-        shape = (latent.channels, *(edge // latent.stride for edge in self.fit.padded))
-        z = ddim.noise(self.options.seed, member, shape)[None]
-        walk = pairs(timesteps(self.options.steps, self.options.spacing, noise.timesteps))
-        for taken, (t, t_prev) in enumerate(walk, 1):
-            now, then = np.array([t], np.int64), np.array([t_prev], np.int64)
-            output = await self.backend.denoise(z, now, self.label, conditioning, self.ticket)
+    async def refine(self, member: int, conditioning: Conditioning, sight: Sight | None = None) -> Array:
+        """One member's way from noise to an estimate, [R, C, h, w]: its R runs side by side, from the same noise.
+
+        Who has a `sight` of it may end it after any step: the estimate is then what it takes for the clean latent.
+        """
+        noise, labels = self.card.noise, self.labels
+        z = np.repeat(self.start(member)[None], len(labels), 0)
+        for taken, (t, t_prev) in enumerate(noise.walk(self.options.steps, self.options.spacing), 1):
+            now, then = np.full_like(labels, t), np.full_like(labels, t_prev)
+            if sight is not None:
+                sight.asked = taken
+            output = await self.backend.denoise(z, now, labels, conditioning, self.ticket)
+            if sight is not None:
+                sight.see(taken, z, output, now)
             if self.watch is not None:
                 await self.watch.step(member, taken, partial(self.glimpse, z, output, now))
+            if sight is not None and sight.enough:
+                return self.estimate(z, output, now)
             z = ddim.step(self.card.schedule, noise.prediction, z, output, now, then)
         return z
 
+    def start(self, member: int) -> Array:
+        """Where a member's way begins, [C, h, w]."""
+        latent = self.card.latent
+        shape = (latent.channels, *(edge // latent.stride for edge in self.fit.padded))
+        if self.card.noise.start == "zeros":
+            return np.zeros(shape, np.float32)
+        return ddim.noise(self.options.seed, member, shape)
+
     async def glimpse(self, z: Array, output: Array, t: Labels) -> Answer:
-        estimate = ddim.to_sample(z, output, self.card.schedule.abar(t), self.card.noise.prediction)
-        planes = await self.decode(estimate.astype(np.float32))
+        planes = await self.decode(self.estimate(z, output, t))
         return await asyncio.to_thread(lambda: self.small.conclude(planes))
+
+    def estimate(self, z: Array, output: Array, t: Labels) -> Array:
+        """What the output takes for the clean latent."""
+        clean = ddim.to_sample(z, output, self.card.schedule.abar(t), self.card.noise.prediction)
+        return clean.astype(np.float32)
 
     @cached_property
     def small(self) -> _Run:
@@ -294,14 +382,43 @@ class _Run:
         return await self.backend.decode(z / np.float32(self.card.latent.scale), self.ticket)
 
     def conclude(self, pictures: Array) -> Answer:
-        """Target pictures [N, K, h, w] of the members -> the answer."""
+        """Target pictures [N * R, K, h, w] of the members' runs -> the answer."""
         planes = self.fit.content(pictures)
         coding = self.card.coding(self.inputs.task)
         if isinstance(coding, DepthCoding):
-            return self.depth(coding.decode(planes[:, 0]))
+            return self.depth(self.members(planes))
         if isinstance(coding, FlowCoding):
-            return self.flow(coding.decode(planes[:, :2], max(self.fit.padded)))
+            return self.flow(self.members(planes))
         return self.amodal(coding, planes)
+
+    def merge(self, pictures: Array, members: int) -> Answer:
+        """`conclude` of so many members, which may be fewer than were asked for: one has no uncertainty."""
+        surely = self.options.output_uncertainty and members > 1
+        options = replace(self.options, ensemble_size=members, output_uncertainty=surely)
+        return replace(self, options=options).conclude(pictures)
+
+    def uncertainty(self, pictures: Array, longest: int | None = None) -> float:
+        """The mean spread of the members [N * R, K, h, w] where the model looked, in the units of the answer; of a
+        sample of pixels on a grid of at most `longest` a side."""
+        planes = self.fit.content(pictures)
+        stride = 1 if longest is None else max(1, -(-max(planes.shape[-2:]) // longest))
+        merged, spread = ensemble.reduce(self.members(planes[..., ::stride, ::stride]), self.options.reduction)
+        mean = float(spread.mean(dtype=np.float64))
+        if self.inputs.task == "depth":
+            return mean / (float(np.ptp(merged)) or 1.0)
+        enlarged = self.inputs.task == "flow" and self.options.match_input_resolution
+        return mean * (max(self.fit.source) / max(self.fit.size) if enlarged else 1.0)
+
+    def members(self, planes: Array) -> Array:
+        """Target pictures [N * R, K, h, w] -> what each member sees: [N, h, w], of flow [N, h, w, 2] in pixels of the
+        model's picture."""
+        coding = self.card.coding(self.inputs.task)
+        if isinstance(coding, DepthCoding):
+            return coding.decode(coding.code(planes))
+        if isinstance(coding, FlowCoding):
+            flow = coding.decode(coding.code(planes, len(self.labels)), max(self.fit.padded))
+            return np.moveaxis(flow, 1, -1)
+        return coding.probability(planes)
 
     def depth(self, members: Array) -> Answer:
         depth, spread = map(self.sized, ensemble.reduce(members, self.options.reduction))
@@ -312,21 +429,20 @@ class _Run:
     def flow(self, members: Array) -> Answer:
         height, width = self.fit.source if self.options.match_input_resolution else self.fit.size
         scale = np.array([width / self.fit.size[1], height / self.fit.size[0]], np.float32)
-        flow, spread = ensemble.reduce(np.moveaxis(members, 1, -1) * scale, self.options.reduction)
+        flow, spread = ensemble.reduce(members * scale, self.options.reduction)
         return self.answer(np.stack([self.sized(flow[..., i]) for i in range(2)], axis=-1), self.sized(spread))
 
     def amodal(self, coding: AmodalCoding, planes: Array) -> Answer:
         """The visible part belongs to the whole by definition, so it is always part of the answer."""
         assert self.inputs.mask is not None  # Inputs has seen to it
-        probability, spread = ensemble.reduce(coding.decode_probability(planes[:, 0]), self.options.reduction)
+        probability, spread = ensemble.reduce(coding.probability(planes), self.options.reduction)
         visible, image = self.inputs.mask, self.inputs.image
         if not self.options.match_input_resolution:
             visible = self.fit.content(self.fit.mask(visible))[0] > 0
             image = _to_uint8(self.fit.content(self.fit.picture(image)))
         whole = (self.sized(probability) > 0.5) | visible
         completed = None
-        if planes.shape[1] >= 4:
-            hidden = coding.decode_rgb(planes[:, 1:4].mean(0))
+        if (hidden := coding.picture(planes)) is not None:
             painted = _to_uint8(np.stack([self.sized(plane) for plane in hidden]))
             rgb = np.where(visible[..., None], image, painted)
             completed = np.concatenate([rgb, whole[..., None] * np.uint8(255)], axis=-1)

@@ -101,4 +101,5 @@ def _index(seen: Seen, names: Sequence[str]) -> dict[str, object]:
         "options": asdict(first.options),
         "files": list(names),
         "metres": None if first.metres is None else asdict(first.metres),
+        **({} if first.plan is None else {"plans": [asdict(one.plan) for one in seen if one.plan is not None]}),
     }

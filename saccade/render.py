@@ -121,7 +121,9 @@ def document(answer: Answer, encoding: Encoding = "png16") -> dict[str, Any]:
         "prediction": _npy_map(prediction) if encoding == "npy" else _png_map(answer),
         "uncertainty": None if uncertainty is None else _uncertainty_map(uncertainty, encoding),
         "completed": None if completed is None else _map("png", "png", _rgba(completed), 1.0, 0.0),
-    } | ({} if answer.metres is None else {"metres": asdict(answer.metres)})
+        **({} if answer.metres is None else {"metres": asdict(answer.metres)}),
+        **({} if answer.plan is None else {"plan": asdict(answer.plan)}),
+    }
 
 
 def _map(encoding: str, format: Format, data: bytes, scale: float, offset: float) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from saccade.card import Card
+from saccade.dial import Plan
 from saccade.errors import ServerError
 from saccade.formats import read_npy
 from saccade.formats.pictures import open_picture
@@ -67,6 +68,7 @@ def answer_of(document: Mapping[str, Any]) -> Answer:
         document["digest"],
         document["timings_ms"],
         Metres(**document["metres"]) if "metres" in document else None,
+        Plan(**document["plan"]) if "plan" in document else None,
     )
 
 

@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saccade import metres
+from saccade.anytime import Spend
 from saccade.backends import Ticket
 from saccade.card import Card
+from saccade.dial import Plan
 from saccade.errors import InvalidInput, MetresUndetermined
 from saccade.metres import Points
 from saccade.pipeline import Answer, Inputs, Options, Picture, Pipeline, Resolved, Watch
@@ -74,31 +76,62 @@ async def ask(
     known: Points | None = None,
     fps: float | None = None,
     watch: Watch | None = None,
+    ticket: Ticket | None = None,
+    spend: Spend | None = None,
 ) -> Seen:
     """Answer every question with the same options, and so from the same noise; cancelling withdraws them all.
 
     `steadily` (depth of frames of one size): each is fitted to the one before it along the flow, and a shot as a whole
-    lies in 0 .. 1. `known` points of the only, or with `steadily` of the first, picture give metres. Raises what the
-    pipeline does, and MetresUndetermined.
+    lies in 0 .. 1. `known` points of the only, or with `steadily` of the first, picture give metres. With a deadline to
+    `spend` until, they are answered one after another, each in its share of what time is left. Raises what the pipeline
+    does, and MetresUndetermined.
     """
     if steadily:
         _check_sizes(asked)
     if known is not None:
         metres.check(known, _size(asked[0]))
-    ticket = Ticket()
-    answers = await _some_at_once(pipeline(inputs, options, ticket, watch) for inputs in asked)
+    ticket = ticket or Ticket()
+    purse = _Purse(spend, 2 * len(asked) - 1 if steadily else len(asked))
+    answers = await _some_at_once(
+        (purse.ask(pipeline, inputs, options, ticket, watch) for inputs in asked), purse.at_once
+    )
     seen = Seen(answers, [0] if steadily else None, fps)
     if steadily and len(asked) > 1:
-        seen = await _steadied(pipeline, asked, options, seen, ticket)
+        seen = await _steadied(pipeline, asked, options, seen, ticket, purse)
     if known is None:
         return seen
     return await asyncio.to_thread(_measured, seen, known, _size(asked[0]))
 
 
-async def _steadied(pipeline: Pipeline, asked: Sequence[Inputs], options: Resolved, seen: Seen, ticket: Ticket) -> Seen:
+@dataclass
+class _Purse:
+    """What so many questions may still spend."""
+
+    spend: Spend | None
+    questions: int
+
+    @property
+    def at_once(self) -> int:
+        return AT_ONCE if self.spend is None or self.spend.deadline is None else 1
+
+    async def ask(
+        self, pipeline: Pipeline, inputs: Inputs, options: Resolved, ticket: Ticket, watch: Watch | None = None
+    ) -> Answer:
+        share = None
+        if self.spend is not None:
+            share = self.spend.share(asyncio.get_running_loop().time(), self.questions)
+            self.questions -= 1
+        return await pipeline(inputs, options, ticket, watch, share)
+
+
+async def _steadied(
+    pipeline: Pipeline, asked: Sequence[Inputs], options: Resolved, seen: Seen, ticket: Ticket, purse: _Purse
+) -> Seen:
     how = guide(pipeline.card, options)
     back = [Inputs("flow", now.image, before.image) for before, now in pairwise(asked)]
-    flows = await _some_at_once(pipeline(inputs, how, ticket) for inputs in back)
+    if purse.spend is not None:  # its own target or plan is not the flow's
+        purse.spend = replace(purse.spend, plan=Plan(how.steps, how.ensemble_size, "to steady a depth"))
+    flows = await _some_at_once((purse.ask(pipeline, inputs, how, ticket) for inputs in back), purse.at_once)
     return await asyncio.to_thread(_apply, seen, asked, flows)
 
 
@@ -143,9 +176,9 @@ def _check_sizes(asked: Sequence[Inputs]) -> None:
         raise InvalidInput(f"a steady scale needs frames of one size, and these are {told} px", param="image")
 
 
-async def _some_at_once(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """The results in order, `AT_ONCE` running beside each other; the first failure ends all and is raised as it is."""
-    door = asyncio.Semaphore(AT_ONCE)
+async def _some_at_once(coroutines: Iterable[Coroutine[Any, Any, T]], at_once: int) -> list[T]:
+    """The results in order, `at_once` running beside each other; the first failure ends all and is raised as it is."""
+    door = asyncio.Semaphore(at_once)
 
     async def through(coroutine: Coroutine[Any, Any, T]) -> T:
         async with door:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from fastapi import Response
@@ -21,6 +22,7 @@ from server.problems import ClientGone
 
 MEDIA_TYPE = "text/event-stream"
 KEEP_ALIVE_S = 15.0
+SMALL_BYTES = 2**16
 Name = Literal["accepted", "progress", "preview", "answer", "problem"]
 
 
@@ -67,10 +69,15 @@ class Events:
         self.begun = True
         self._wake()
 
-    def end(self, response: Response) -> None:
-        """The answer, or the problem that stands in its place."""
-        self.publish(*outcome(response.status_code, dict(response.headers), bytes(response.body)))
-        self.close()
+    async def end(self, response: Response) -> None:
+        """The answer, or the problem that stands in its place; a large one is put into words off the event loop."""
+        words = partial(outcome, response.status_code, dict(response.headers), bytes(response.body))
+        try:
+            last = words() if len(response.body) <= SMALL_BYTES else await asyncio.to_thread(words)
+            if not self.ended:
+                self.publish(*last)
+        finally:
+            self.close()
 
     def close(self) -> None:
         self.ended = True
@@ -173,7 +180,7 @@ async def tell(events: Events, responding: Coroutine[Any, Any, Response]) -> Res
             raise
         except Exception as error:
             response = problems.refusal(error)
-        events.end(response)
+        await events.end(response)
         return response
     finally:
         events.close()

@@ -12,6 +12,7 @@ from saccade.backends import Backend, Remote
 from saccade.backends.stepping import Stepping
 from saccade.card import Card
 from saccade.pipeline import Pipeline
+from server.cache import Remembering
 from server.health import Readiness, try_out
 from server.settings import Settings
 from server.tally import Tally
@@ -32,8 +33,11 @@ class Model:
             observer=self._batch,
             tracer=tracing,
         )
-        self.pipeline = Pipeline(self.stepping) if tracing is None else Pipeline(self.stepping, tracing.phase)
-        self.readiness = Readiness(self.pipeline, settings.readiness_ttl_s)
+        self.latents = Remembering(
+            self.stepping, settings.latent_cache_bytes, lambda found: metrics.cache.labels("latents", found).inc()
+        )
+        self.pipeline = Pipeline(self.latents) if tracing is None else Pipeline(self.latents, tracing.phase)
+        self.readiness = Readiness(Pipeline(self.stepping), settings.readiness_ttl_s)
         self.users = 0
         self.tally = Tally()
         self._backend = backend
@@ -65,7 +69,7 @@ class Model:
     async def start(self) -> None:
         """Warm up, and answer a tiny request of every task. Raises ModelError or BackendUnavailable."""
         await self.stepping.start()
-        await try_out(self.pipeline)
+        await try_out(Pipeline(self.stepping))
 
     async def aclose(self) -> None:
         """Let running batches end, within `drain_timeout_s`. Never raises: nobody is left to deal with it."""

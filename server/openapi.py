@@ -33,6 +33,7 @@ PICTURES = {
 REFUSALS = (
     problems.MALFORMED,
     problems.NOT_ACCEPTABLE,
+    problems.MATCHES,
     problems.SLOW_UPLOAD,
     problems.TOO_LARGE,
     problems.UNSUPPORTED,
@@ -153,14 +154,17 @@ def _answer(task: TaskName) -> Json:
             "Saccade-Reduction": _header("How they became one."),
             "Saccade-Seed": _header("Seed of the noise.", "integer"),
             "Saccade-Units": _header("What the numbers mean."),
+            "Saccade-Complete": _header("true; false where the time of `budget_ms` cut the work off."),
+            "Saccade-Plan": _header("Of `budget_ms`, `quality`, `target_uncertainty`: what was chosen.", needed=False),
+            "ETag": _header("Where the server keeps whole answers; not within a budget.", needed=False),
             "Server-Timing": _header("Milliseconds in queue, encode, denoise, decode, ensemble, and in total."),
         },
         "content": content | {"application/json": {"schema": answers}} | jobs.STREAM,
     }
 
 
-def _header(description: str, kind: str = "string") -> Json:
-    return {"description": description, "required": True, "schema": {"type": kind}}
+def _header(description: str, kind: str = "string", needed: bool = True) -> Json:
+    return {"description": description, "required": needed, "schema": {"type": kind}}
 
 
 def _ref(name: str) -> Json:
@@ -303,8 +307,27 @@ def _answer_schema() -> Json:
     )
     metres = _object(scale=number, shift=number, residual_m=number, inliers=count, points=count)
     told = "Where known_depths were given: metres = scale * p + shift, p the answer without them; the median error of "
+    schema["properties"]["plan"] = _plan_schema()
     schema["properties"]["metres"] = metres | {"description": told + "all points, and how many agree with the fit."}
     return schema
+
+
+def _plan_schema() -> Json:
+    count, maybe = {"type": "integer"}, {"type": ["number", "null"]}
+    schema = _object(
+        steps=count,
+        ensemble_size=count,
+        why={"type": "string", "description": "Why these, in words."},
+        budget_ms={"type": ["integer", "null"]},
+        predicted_ms=maybe | {"description": "Until the answer, as it was foreseen."},
+        target_uncertainty=maybe,
+        complete={"type": "boolean", "description": "False where the time cut the work off."},
+        members=count | {"description": "That were merged."},
+        steps_taken=count | {"description": "By each of them, at least."},
+        uncertainty=maybe | {"description": "Of the merged answer: the members' mean spread over the root of members."},
+    )
+    told = "Of `budget_ms`, `quality` or `target_uncertainty`: what was chosen, and what came of it."
+    return schema | {"description": told}
 
 
 def _answers_schema() -> Json:

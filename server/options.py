@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Protocol, cast, get_args
 
-from saccade import metres, render
+from saccade import dial, metres, render
 from saccade.errors import InvalidInput
 from saccade.pipeline import Options
 from saccade.render import Encoding, Format, Render
@@ -19,9 +19,11 @@ from server.settings import Settings
 
 ALIASES = {"timestep_spacing": "spacing"}
 PREVIEWS, MAX_PREVIEWS = 4, 20
+MOST_UNCERTAINTY = 1e6
 _INTEGER = re.compile(r"-?[0-9]{1,20}")
 _TRUTH = {"true": True, "1": True, "false": False, "0": False}
-Value = int | str | bool | metres.Points
+_NUMBER = re.compile(r"-?[0-9]{1,20}(\.[0-9]{0,20})?([eE][-+]?[0-9]{1,2})?")
+Value = int | float | str | bool | metres.Points
 
 
 class Given(NamedTuple):
@@ -63,6 +65,24 @@ class Integer:
 
     def schema(self, text: bool) -> dict[str, Any]:
         return {"type": "integer", "minimum": self.low, "maximum": self.high}
+
+
+@dataclass(frozen=True)
+class Positive:
+    """A number above 0."""
+
+    high: float
+
+    def read(self, value: object, text: bool) -> float | None:
+        written = text and isinstance(value, str) and _NUMBER.fullmatch(value) is not None
+        number = float(value) if written or (not text and _is_number(value)) else None  # type: ignore[arg-type]
+        return number if number is not None and 0 < number <= self.high else None
+
+    def expected(self) -> str:
+        return f"a number above 0, up to {self.high:g}"
+
+    def schema(self, text: bool) -> dict[str, Any]:
+        return {"type": "number", "exclusiveMinimum": 0, "maximum": self.high}
 
 
 @dataclass(frozen=True)
@@ -169,6 +189,20 @@ def table(settings: Settings, task: TaskName) -> dict[str, Option]:
         ),
         "output_uncertainty": Option(
             Boolean(), "Add a map of the members' spread; needs ensemble_size of 2 or more.", False
+        ),
+        "budget_ms": Option(
+            Integer(1, dial.LONGEST_BUDGET_MS),
+            "Milliseconds to spend: the best answer that is ready by then; chooses steps and ensemble_size where they "
+            "are not given.",
+            1000,
+        ),
+        "quality": Option(
+            Choice(dial.QUALITIES), "Instead of steps and ensemble_size: a point of the measured curve.", "balanced"
+        ),
+        "target_uncertainty": Option(
+            Positive(MOST_UNCERTAINTY),
+            "Add members until the answer's mean uncertainty is at most this, in the units of the answer.",
+            0.05,
         ),
         "format": Option(Choice(render.FORMATS_OF_SEVERAL[task]), "The answer's file type; wins over Accept.", "json"),
         "render": Option(

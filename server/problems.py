@@ -60,6 +60,7 @@ NOT_DONE = Kind("not-done", 409, "Not done yet", "The job has no result yet; its
 GONE = Kind("gone", 410, "Gone", "The job was cancelled, or its result was kept for its time.")
 NOT_ACCEPTABLE = Kind("not-acceptable", 406, "Not acceptable", "None of the accepted media types can be produced.")
 SLOW_UPLOAD = Kind("upload-timeout", 408, "Upload took too long", "The body did not arrive in time.")
+MATCHES = Kind("matches", 412, "Answer not changed", "`If-None-Match` names the answer that this would be.")
 TOO_LARGE = Kind("too-large", 413, "Too large", "The body, a file or a picture's pixel count exceeds its limit.")
 UNSUPPORTED = Kind(
     "unsupported-media-type", 415, "Unsupported media type", "The body or a picture is of an unread type."
@@ -94,7 +95,7 @@ TIMEOUT = Kind("timeout", 503, "Took too long", "The answer was not ready in tim
 REFUSED = Kind("refused", 400, "Request refused", "The request was refused for another reason.")
 KINDS = (
     *(MALFORMED, NOT_FOUND, METHOD, NOT_ACCEPTABLE, SLOW_UPLOAD, TOO_LARGE, UNSUPPORTED, INVALID, OVERLOADED),
-    *(METRES, NOT_INSTALLED),
+    *(METRES, NOT_INSTALLED, MATCHES),
     *(UNAUTHORIZED, FORBIDDEN, RATE_LIMITED, LOW_MEMORY, LEAVING),
     *(NOT_DONE, GONE, KEY_REUSED, INTERRUPTED),
     *(INTERNAL, UNAVAILABLE, BACKEND_TIMEOUT, TIMEOUT, REFUSED),
@@ -106,10 +107,17 @@ class Problem(Exception):
     """Raised anywhere below a route; becomes a problem document."""
 
     def __init__(
-        self, kind: Kind, detail: str, *, param: str | None = None, retry_after_s: float | None = None
+        self,
+        kind: Kind,
+        detail: str,
+        *,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(detail)
         self.kind, self.detail, self.param, self.retry_after_s = kind, detail, param, retry_after_s
+        self.headers = dict(headers or {})
 
 
 class ClientGone(Exception):
@@ -120,7 +128,7 @@ def response(problem: Problem, headers: Mapping[str, str] | None = None, **membe
     kind = problem.kind
     body: dict[str, Any] = {"type": kind.type, "title": kind.title, "status": kind.status, "detail": problem.detail}
     body |= {"param": problem.param} if problem.param is not None else {}
-    extra = dict(headers or {})
+    extra = problem.headers | dict(headers or {})
     if problem.retry_after_s is not None:
         extra["Retry-After"] = str(max(1, math.ceil(problem.retry_after_s)))
     # Escaped to ASCII: a stranger's text may hold lone surrogates.

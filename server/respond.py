@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import asdict, replace
 
 from fastapi import Request, Response
 
+from saccade.dial import Plan
 from saccade.errors import InvalidInput
 from saccade.pipeline import Answer
 from saccade.render import Encoded
 from saccade.tasks import TaskName
-from server import events, forms, negotiation, options, problems, several
+from server import etag, events, forms, negotiation, options, problems, several
+from server.cache import Kept
 from server.events import Witness
+from server.logs import state
 from server.model import Model
 from server.options import Given
 from server.problems import ClientGone, Problem
@@ -42,8 +47,19 @@ async def respond(
         if job.wanted.webhook is not None and not later:
             raise InvalidInput("a webhook is for jobs: send Prefer: respond-async too, or drop it", param="webhook")
         patience_s = house.settings.jobs_timeout_s if later else house.settings.request_timeout_s
+        job = replace(job, longest_s=patience_s - min(1.0, patience_s / 4))
+        tag = await house.in_thread(lambda: etag.of(job, house.settings)) if house.answers.limit else None
+        if tag is not None:
+            known = house.answers.get(tag)
+            etag.check(request.headers.getlist("if-none-match"), tag, known is not None)
+            if known is not None and (watch is None or job.several is None):
+                return _again(known, job, began, watch)
         answer, encoded = await _result(house, request, job, watch, patience_s)
-    return Response(encoded.data, headers=_headers(answer, began), media_type=encoded.media_type)
+    headers = _headers(answer)
+    if tag is not None and _whole(answer):
+        headers["ETag"] = tag
+        house.answers.put(tag, Kept(encoded.data, encoded.media_type, headers), len(encoded.data))
+    return _response(Kept(encoded.data, encoded.media_type, headers), answer.timings_ms, began)
 
 
 async def read_body(house: Service, request: Request) -> bytes:
@@ -58,7 +74,7 @@ async def check(house: Service, request: Request, task: TaskName) -> Job:
     form = await _form(house, request, task)
     with house.alias.use() as model:
         job = _job(house, model, request, task, form, time.perf_counter())
-        await house.cost(job)
+        house.cost(job, await house.rows(job))
     return job
 
 
@@ -94,14 +110,16 @@ def _job(house: Service, model: Model, request: Request, task: TaskName, form: f
     names = form.names(picture_names(task))
     query = [_query(name, value, names) for name, value in request.query_params.multi_items()]
     wanted = options.read(house.tables[task], [*query, *form.options])
-    resolved = wanted.options.resolve(model.card, task)
+    resolved = wanted.options.resolve(model.card, task, house.limits)
     accept = "" if events.wanted(accepted(request)) else accepted(request)
     asked = several.of(form, wanted, task)
     choose = negotiation.choose if asked is None else negotiation.choose_of_several
     chosen = choose(task, accept, wanted.format, wanted.render, resolved.output_uncertainty)
     if wanted.encoding and chosen != "json":
         raise InvalidInput("encoding is that of maps inside JSON: ask for format json, or drop it", param="encoding")
-    return Job(model, task, form.pictures, wanted, resolved, chosen, began, asked)
+    known = state(request.scope)
+    client, weight = known.get("key"), float(known.get("weight", 1.0))
+    return Job(model, task, form.pictures, wanted, resolved, chosen, began, asked, client, weight)
 
 
 async def _form(house: Service, request: Request, task: TaskName) -> forms.Form:
@@ -135,11 +153,27 @@ def _late(seconds: float) -> Problem:
     )
 
 
-def _headers(answer: Answer, began: float) -> dict[str, str]:
+def _again(known: Kept, job: Job, began: float, watch: Witness | None) -> Response:
+    """An answer that was kept, as if it had just been computed."""
+    if watch is not None:
+        watch.begin(job.task, job.options, 0)
+    return _response(known, {}, began)
+
+
+def _response(answer: Kept, timings_ms: Mapping[str, float], began: float) -> Response:
     """`total` runs from the request's first byte to here; the one inside JSON cannot count the writing of the JSON."""
+    milliseconds = {**timings_ms, "total": (time.perf_counter() - began) * 1e3}
+    timings = ", ".join(f"{name};dur={milliseconds.get(name, 0.0):.3f}" for name in PHASES)
+    return Response(answer.data, headers=answer.headers | {"Server-Timing": timings}, media_type=answer.media_type)
+
+
+def _whole(answer: Answer) -> bool:
+    return answer.plan is None or answer.plan.complete
+
+
+def _headers(answer: Answer) -> dict[str, str]:
     chosen = answer.options
-    milliseconds = {**answer.timings_ms, "total": (time.perf_counter() - began) * 1e3}
-    timings = (f"{name};dur={milliseconds.get(name, 0.0):.3f}" for name in PHASES)
+    planned = {} if answer.plan is None else {"Saccade-Plan": _plan(answer.plan)}
     return {
         "Saccade-Model": answer.model,
         "Saccade-Digest": answer.digest,
@@ -148,6 +182,21 @@ def _headers(answer: Answer, began: float) -> dict[str, str]:
         "Saccade-Reduction": chosen.reduction,
         "Saccade-Seed": str(chosen.seed),
         "Saccade-Units": answer.units,
-        "Server-Timing": ", ".join(timings),
+        "Saccade-Complete": str(_whole(answer)).lower(),
+        **planned,
         "Vary": "Accept",
     }
+
+
+def _plan(plan: Plan) -> str:
+    """A dictionary of RFC 9651."""
+    told = {name: value for name, value in asdict(plan).items() if value is not None}
+    return ", ".join(f"{name}={_item(value)}" for name, value in told.items())
+
+
+def _item(value: object) -> str:
+    if isinstance(value, bool):
+        return f"?{value:d}"
+    if isinstance(value, float):
+        return f"{value:.3f}"  # a decimal has three digits after the point at most
+    return json.dumps(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -12,17 +12,23 @@ from typing import Any, TypeVar
 from starlette.types import Receive
 
 from saccade import formats, render, sequence
+from saccade.anytime import Spend
+from saccade.backends import Ticket
 from saccade.backends.engines import default_threads
 from saccade.backends.stepping import Stepping
+from saccade.dial import Limits
 from saccade.errors import InvalidInput, UnsupportedPicture
 from saccade.formats.pictures import open_picture, refusing
 from saccade.formats.video import is_video
 from saccade.pipeline import Answer, Inputs, Resolved
+from saccade.planner import Planner
 from saccade.render import Encoded, Format
+from saccade.sequence import Seen
 from saccade.tasks import TASKS, TaskName
-from server import guard, options, problems, several, tracing
+from server import budgets, guard, options, problems, several, tracing
 from server.admission import Admission, Overloaded, Size, footprint, padded, work
 from server.alias import Alias, Opener
+from server.cache import Bounded, Kept
 from server.drain import Drain
 from server.events import Witness
 from server.model import Model
@@ -43,7 +49,10 @@ def picture_names(task: TaskName) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Job:
-    """A request that has passed every check that needs no pixel, and the model that will answer it."""
+    """A request that has passed every check that needs no pixel, and the model that will answer it.
+
+    `options` are the least that may be computed until its `spend` is planned. `client`: the name of its key.
+    """
 
     model: Model
     task: TaskName
@@ -53,6 +62,11 @@ class Job:
     format: Format
     began: float
     several: Several | None = None
+    client: str | None = None
+    weight: float = 1.0
+    longest_s: float = float("inf")
+    spend: Spend | None = None
+    ticket: Ticket | None = None
 
 
 class Service:
@@ -65,6 +79,11 @@ class Service:
         self.admission = Admission(settings.queue_limit)
         self.drain, self.guard = Drain(), guard.opened(settings.memory_limit_bytes, settings.memory_share)
         self.watchdog = Watchdog(lambda: self.alias.open, settings.stuck_after_s)
+        self.limits = Limits(settings.max_steps, settings.max_ensemble_size)
+        self.planner = Planner(self.limits)
+        self.answers: Bounded[Kept] = Bounded(
+            settings.answer_cache_bytes, lambda found: metrics.cache.labels("answers", found).inc()
+        )
         self.tables = {task: options.table(settings, task) for task in TASKS}
         self._pool = ThreadPoolExecutor(settings.threads or default_threads(), thread_name_prefix="pictures")
         self.clips = several.Clips()
@@ -93,55 +112,78 @@ class Service:
         """Off the event loop, in a pool of its own: pictures wait for pictures and for nothing else."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function)
 
-    async def cost(self, job: Job, previews: int = 0) -> float:
-        """Units of work. Raises Problem or InvalidInput where a picture's header says enough to refuse it."""
+    async def rows(self, job: Job) -> list[tuple[Size, ...]]:
+        """(H, W) of each question's pictures; reads a video. Raises Problem or InvalidInput where that is enough to
+        refuse them."""
         if job.several is not None:
-            return await several.cost(self, job, job.several, previews)
-        sizes = await self.in_thread(lambda: self.sizes(job.pictures))
-        self.check_size(job, sizes[0])
-        return work(job.model.card, job.task, job.options, sizes, previews)
-
-    async def answer(self, job: Job, watch: Witness | None = None) -> tuple[Answer, Encoded]:
-        """Admit, decode, compute, encode. Raises Problem, InvalidInput, and what the pipeline raises."""
-        cost = await self.cost(job, 0 if watch is None else job.wanted.previews)
-        try:
-            with self.admission.admit(cost), self.guard.hold(await self._footprint(job)):
-                if watch is not None:
-                    frames = 1 if job.several is None else several.frames(job, job.several)
-                    watch.begin(job.task, job.options, job.wanted.previews, frames)
-                return await self._compute(job, watch)
-        except Overloaded as error:
-            self.metrics.rejected.labels(job.task).inc()
-            raise Problem(
-                problems.OVERLOADED,
-                "The queue is full. Try again later, or ask for fewer steps, fewer members or a smaller resolution.",
-                retry_after_s=error.retry_after_s,
-            ) from error
-
-    async def _footprint(self, job: Job) -> int:
-        """Bytes that the request takes at its height."""
-        if job.several is not None:
-            rows = await several.sizes_of(self, job, job.several)
+            rows = await several.rows(self, job, job.several)
         else:
             rows = [tuple(await self.in_thread(lambda: self.sizes(job.pictures)))]
-        return footprint(job.model.card, job.task, job.options, rows)
+        for sizes in dict.fromkeys(rows):
+            self.check_size(job, sizes[0])
+        return rows
+
+    def cost(self, job: Job, rows: Sequence[Sequence[Size]], previews: int = 0) -> float:
+        """Units of work of all questions."""
+        card = job.model.card
+        total = sum(work(card, job.task, job.options, sizes, previews) for sizes in rows)
+        if job.several is not None and job.several.steady:
+            how = sequence.guide(card, job.options)
+            total += sum(work(card, "flow", how, [sizes[0], sizes[0]]) for sizes in rows[1:])
+        return total
+
+    async def answer(self, job: Job, watch: Witness | None = None) -> tuple[Answer, Encoded]:
+        """Plan, admit, decode, compute, encode. Raises Problem, InvalidInput, and what the pipeline raises."""
+        rows = await self.rows(job)
+        job = budgets.planned(self, job, rows)
+        cost = self.cost(job, rows, 0 if watch is None else job.wanted.previews)
+        held = footprint(job.model.card, job.task, job.options, rows)
+        try:
+            with budgets.admitted(self, job, cost, rows), self.guard.hold(held):
+                if watch is not None:
+                    watch.begin(job.task, job.options, job.wanted.previews, len(rows))
+                answer, encoded = await self._compute(job, watch)
+        except Overloaded as error:
+            self.metrics.rejected.labels(job.task).inc()
+            raise Problem(problems.OVERLOADED, budgets.refusal(error), retry_after_s=error.retry_after_s) from error
+        budgets.count(self, job, answer.plan)
+        return answer, encoded
 
     async def _compute(self, job: Job, watch: Witness | None) -> tuple[Answer, Encoded]:
         if job.several is not None:
             answer, encoded = await several.compute(self, job, job.several, watch)
             self.metrics.phases(job.task, answer.timings_ms)
             return answer, encoded
+        began = time.perf_counter()
         inputs = await self.in_thread(lambda: self.inputs(job.task, job.pictures))
-        known = job.wanted.known_depths
-        seen = await sequence.ask(job.model.pipeline, [inputs], job.options, known=known, watch=watch)
-        answer = seen.answers[0]
+        budgets.read(self, job, [inputs], began)
+        seen = await self.ask(job, [inputs], watch)
+        answer = seen[0]
         total_ms = (time.perf_counter() - job.began) * 1e3
         answer = replace(answer, timings_ms={**answer.timings_ms, "total": total_ms})
         self.metrics.phases(job.task, answer.timings_ms)
         style, encoding = job.wanted.render, job.wanted.encoding or "png16"
         picture = inputs.image if style == "color" else None
+        began = time.perf_counter()
         encoded = await self.in_thread(lambda: render.encode(answer, job.format, style, encoding, picture=picture))
+        budgets.wrote(self, job, [inputs], began)
         return answer, encoded
+
+    async def ask(self, job: Job, asked: Sequence[Inputs], watch: Witness | None, fps: float | None = None) -> Seen:
+        """The answers to a job's questions, of which the planner learns."""
+        seen = await sequence.ask(
+            job.model.pipeline,
+            asked,
+            job.options,
+            steadily=job.several is not None and job.several.steady,
+            known=job.wanted.known_depths,
+            fps=fps,
+            watch=watch,
+            ticket=job.ticket,
+            spend=job.spend,
+        )
+        budgets.learn(self, job, asked, seen)
+        return seen
 
     def sizes(self, pictures: dict[str, bytes]) -> list[Size]:
         """(H, W) from the headers alone, before any pixel is decoded."""
@@ -194,10 +236,13 @@ class Service:
         gauge("saccade_memory_promised_bytes", "Memory promised to requests.", lambda: guarded.held)
         gauge("saccade_leaving", "1 from SIGTERM on, else 0.", lambda: self.drain.leaving)
         guarded.refused = self.metrics.memory_refused.inc
+        gauge("saccade_latent_cache_bytes", "Encoded pictures kept.", lambda: sum(m.latents.bytes for m in alias.open))
+        gauge("saccade_answer_cache_bytes", "Whole answers kept.", lambda: self.answers.bytes)
         gauge("saccade_queue_rows", "Rows that wait for a batch.", lambda: sum(m.stepping.waiting for m in alias.open))
         gauge("saccade_running_rows", "Rows in batches that run.", lambda: sum(m.stepping.running for m in alias.open))
         gauge("saccade_pending_work", "Admitted work, in steps of 256 x 256 px.", lambda: self.admission.pending)
         gauge("saccade_pending_requests", "Admitted requests.", lambda: self.admission.requests)
+        gauge("saccade_backlog_seconds", "Seconds of admitted work.", lambda: sum(x.backlog_s for x in lanes()))
         gauge("saccade_work_rate", "Work finished per second.", lambda: self.admission.rate.per_second)
         gauge("saccade_model_settled", "1 while the model that is wanted serves, else 0.", lambda: alias.settled)
         self.metrics.info(

@@ -81,6 +81,14 @@ class Settings(BaseSettings):
         description="Work admitted at once, in denoising steps of 256 x 256 px; more is answered with 429. "
         "A single request is always admitted when nothing else is pending.",
     )
+    latent_cache_bytes: int = Field(
+        64 * 2**20,
+        ge=0,
+        description="Most bytes of encoded pictures kept, a repeated one is not encoded again.",
+    )
+    answer_cache_bytes: int = Field(
+        0, ge=0, description="Most bytes of whole answers kept; with any, answers have an ETag. 0: none."
+    )
     request_timeout_s: float = Field(
         120, gt=0, description="Longest a request may take, upload and queue each counted on its own."
     )

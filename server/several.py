@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -12,14 +13,15 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from saccade import reel, sequence
+from saccade.dial import Plan
 from saccade.errors import InvalidInput, PictureTooLarge
 from saccade.formats.video import Bounds, Clip, read_video
 from saccade.pipeline import Answer, Inputs
 from saccade.render import Encoded
 from saccade.sequence import Seen
 from saccade.tasks import TaskName
-from server import problems
-from server.admission import Size, work
+from server import budgets, problems
+from server.admission import Size
 from server.events import Witness
 from server.forms import VIDEO, Form, Room
 from server.options import Wanted
@@ -108,49 +110,23 @@ def of(form: Form, wanted: Wanted, task: TaskName) -> Several | None:
     return Several(form.rows, form.video, steady)
 
 
-async def cost(house: Service, job: Job, several: Several, previews: int = 0) -> float:
-    """Units of work of all questions. Reads the video. Raises Problem or InvalidInput."""
+async def rows(house: Service, job: Job, several: Several) -> list[tuple[Size, ...]]:
+    """(H, W) of each question's pictures. Reads the video. Raises Problem or InvalidInput."""
     if several.video is not None and several.clip is None:
         several.clip = await _decoded(house, job, several)
-    rows = await sizes_of(house, job, several)
-    for sizes in dict.fromkeys(rows):
-        house.check_size(job, sizes[0])
-    card = job.model.card
-    total = sum(work(card, job.task, job.options, sizes, previews) for sizes in rows)
-    if several.steady:
-        how = sequence.guide(card, job.options)
-        total += sum(work(card, "flow", how, [sizes[0], sizes[0]]) for sizes in rows[1:])
-    return total
-
-
-async def sizes_of(house: Service, job: Job, several: Several) -> list[tuple[Size, ...]]:
-    """(H, W) of each question's pictures; of a video once it is read."""
     return _sizes_of_video(job.task, several.clip) if several.clip else await _sizes(house, several, job.task)
 
 
 async def compute(house: Service, job: Job, several: Several, watch: Witness | None) -> tuple[Answer, Encoded]:
     """All answers as one file; and the first of them, with the time that all took."""
     asked = await house.in_thread(lambda: _questions(house, job.task, several))
-    pipeline, wanted = job.model.pipeline, job.wanted
-    seen = await sequence.ask(
-        pipeline,
-        asked,
-        job.options,
-        steadily=several.steady,
-        known=wanted.known_depths,
-        fps=several.clip.fps if several.clip else None,
-        watch=watch,
-    )
+    seen = await house.ask(job, asked, watch, several.clip.fps if several.clip else None)
     # A film takes a while to write too. It has been admitted, and may wait.
     run = house.clips.run if job.format == "mp4" else house.in_thread
+    began = time.perf_counter()
     encoded = await run(lambda: _encode(job, asked, seen))
+    budgets.wrote(house, job, asked, began)
     return _summary(seen), encoded
-
-
-def frames(job: Job, several: Several) -> int:
-    """How many answers there will be; known once `cost` has been asked."""
-    count = len(several.clip.frames) if several.clip else len(several.rows["image"])
-    return count - (job.task == "flow")
 
 
 async def _decoded(house: Service, job: Job, several: Several) -> Clip:
@@ -218,4 +194,20 @@ def _summary(seen: Seen) -> Answer:
     first = seen[0]
     names = first.timings_ms.keys() - {"queue"}
     spent = {name: sum(answer.timings_ms[name] for answer in seen) for name in names}
-    return replace(first, timings_ms=spent | {"queue": max(answer.timings_ms["queue"] for answer in seen)})
+    queue_ms = max(answer.timings_ms["queue"] for answer in seen)
+    return replace(first, timings_ms=spent | {"queue": queue_ms}, plan=_least([answer.plan for answer in seen]))
+
+
+def _least(plans: Sequence[Plan | None]) -> Plan | None:
+    """What holds of every answer."""
+    found = [plan for plan in plans if plan is not None]
+    if not found:
+        return None
+    sure = [plan.uncertainty for plan in found if plan.uncertainty is not None]
+    return replace(
+        found[0],
+        complete=all(plan.complete for plan in found),
+        members=min(plan.members for plan in found),
+        steps_taken=min(plan.steps_taken for plan in found),
+        uncertainty=max(sure, default=None),
+    )

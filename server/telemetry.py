@@ -39,6 +39,8 @@ class Metrics:
         self.memory_refused = self._counter("saccade_memory_refused", "Requests refused for want of memory.")
         self.rejected = self._counter("saccade_rejected", "Requests refused because the queue was full.", "task")
         self.cancelled = self._counter("saccade_cancelled", "Requests withdrawn before their end.", "task", "reason")
+        self.cache = self._counter("saccade_cache_lookups", "Look-ups in the exact caches.", "cache", "outcome")
+        self.budgets = self._counter("saccade_budgets", "Answers within a budget: complete, cut, or late.", "outcome")
         self.jobs = self._counter("saccade_jobs_finished", "Jobs that ended by themselves.", "task", "status")
         self.webhooks = self._counter("saccade_webhooks", "Tries to deliver a webhook.", "outcome")
         self.model_loads = self._counter("saccade_model_loads", "Attempts to open a model.", "outcome")

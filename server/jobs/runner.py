@@ -15,7 +15,7 @@ from fastapi import Response
 
 from saccade.errors import SaccadeError
 from server import problems
-from server.events import Events, Witness, outcome
+from server.events import Events, Witness
 from server.jobs import place, replay, webhook
 from server.jobs.records import Asked, Record, Result
 from server.jobs.store import Store
@@ -29,7 +29,6 @@ MOST_COURIERS = 16
 MOST_RESULT_BYTES = 900_000_000  # SQLite takes no more than 10^9 in one row
 LONGEST_WAIT_S = 60.0
 TIDY_S, LOOK_S, AGAIN_S = 30.0, 0.5, 1.0
-SMALL_BYTES = 2**16
 T = TypeVar("T")
 NOT_THE_JOBS_FAULT = (problems.OVERLOADED, problems.LOW_MEMORY, problems.UNAVAILABLE)
 logger = logging.getLogger(__name__)
@@ -137,7 +136,7 @@ class Jobs:
         result = await self.result(record)
         ended = Events(last)
         told = problems.response(cancelled() if record.status == "cancelled" else expired())
-        await self._conclude(ended, told if result is None else Response(result.body, result.status, result.headers))
+        await ended.end(told if result is None else Response(result.body, result.status, result.headers))
         return ended
 
     def _events(self, identity: str) -> Events:
@@ -151,18 +150,8 @@ class Jobs:
     async def _end(self, identity: str, told: Events, response: Response) -> None:
         self._live.pop(identity, None)
         if told.followers > 0:
-            await self._conclude(told, response)
+            await told.end(response)
         told.close()  # who comes later reads the store
-
-    async def _conclude(self, told: Events, response: Response) -> None:
-        """As `told.end`; a large answer is put into words off the event loop."""
-        words = partial(outcome, response.status_code, dict(response.headers), bytes(response.body))
-        try:
-            last = words() if len(response.body) <= SMALL_BYTES else await self.house.in_thread(words)
-            if not told.ended:
-                told.publish(*last)
-        finally:
-            told.close()
 
     async def _work(self) -> None:
         while not self.house.drain.leaving:

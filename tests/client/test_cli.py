@@ -321,16 +321,53 @@ def test_train_wants_a_recipe(saccade: Saccade) -> None:
     refused(saccade("train", "nowhere.toml", "-o", "run"), "nowhere.toml")
 
 
-@pytest.mark.parametrize(("command", "wing"), [("evaluate", "training.evaluate"), ("train", "training.train")])
+def test_train_hands_on_where_it_runs(saccade: Saccade, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[str]] = []
+    monkeypatch.setattr("training.train.main", given.append)
+    Path("recipe.toml").touch()
+    assert saccade("train", "recipe.toml", "-o", "run", "--device", "cuda:1", "--threads", "3").code == 0
+    assert given == [["recipe.toml", "--out", "run", "--threads", "3", "--device", "cuda:1"]]
+
+
+STAGES = ("pretrain", "encode", "finetune", "upcycle", "adapt")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_explains_its_fields_and_refuses_others(saccade: Saccade, stage: str) -> None:
+    said = saccade(stage, "--help")
+    assert said.code == 0
+    assert "codec.kind (dct|autoencoder)" in said.out
+    assert "[default: " in said.out
+    refused(saccade(stage, "-o", "run", "codecc.kind=dct"), "codecc", "codec")
+    refused(saccade(stage, "nowhere.toml", "-o", "run"), "nowhere.toml")
+    assert saccade(stage).code == 2
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("export", "nowhere", "repository"),
+        ("scaling", "nowhere", "-o", "out"),
+        ("evaluate", ".", "--backend", "torch", "--run", "nowhere"),
+        ("evaluate", ".", "--backend", "torch", "--run", ".", "--model", "nowhere"),
+    ],
+)
+def test_what_is_not_there_is_named(saccade: Saccade, words: tuple[str, ...]) -> None:
+    refused(saccade(*words), "a run is no model" if "--model" in words else "nowhere")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "train", "export", "scaling", "import", *STAGES])
 def test_without_the_extra_the_wing_says_what_to_install(
-    command: str, wing: str, saccade: Saccade, monkeypatch: pytest.MonkeyPatch
+    command: str, saccade: Saccade, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setitem(sys.modules, "cv2", None)
     for name in [name for name in sys.modules if name.partition(".")[0] == "training"]:
         monkeypatch.delitem(sys.modules, name)
     Path("there").mkdir() if command == "evaluate" else Path("there").touch()
-    said = saccade(command, "there", "-o", "out")
+    more = ["there", "out"] if command in ("export", "import") else ["there", "-o", "out"]
+    said = saccade(command, *more)
     assert said.code == 1
     assert said.err.count("\n") == 1
     assert "pip install 'saccade[train]'" in said.err

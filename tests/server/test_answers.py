@@ -182,6 +182,7 @@ def test_headers_say_what_was_done(backend: Backend) -> None:
         "saccade-ensemble-size": "3",
         "saccade-reduction": "mean",
         "saccade-seed": "9",
+        "saccade-complete": "true",
         "saccade-units": "pixels of the input, u right, v down",
     }
     phases = [entry.split(";dur=")[0] for entry in headers["server-timing"].split(", ")]

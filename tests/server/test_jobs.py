@@ -525,13 +525,14 @@ def test_answers_are_put_into_words_for_followers_only(
     backend: Backend, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads: list[threading.Thread] = []
+    words = events.outcome
 
     def outcome(status: int, headers: dict[str, str], body: bytes) -> tuple[events.Name, str]:
         threads.append(threading.current_thread())
-        return events.outcome(status, headers, body)
+        return words(status, headers, body)
 
-    monkeypatch.setattr(runner, "outcome", outcome)
-    monkeypatch.setattr(runner, "SMALL_BYTES", 0)
+    monkeypatch.setattr(events, "outcome", outcome)
+    monkeypatch.setattr(events, "SMALL_BYTES", 0)
     gate = Gated(backend)
 
     async def story(house: House) -> tuple[str, str]:

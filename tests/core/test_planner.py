@@ -1,0 +1,129 @@
+"""From load and experience to a plan: what waits, what was seen to take long, and who may spend how much."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from saccade.anytime import Spend
+from saccade.backends import Ticket
+from saccade.backends.pace import Pace
+from saccade.card import Card
+from saccade.dial import Limits, Plan
+from saccade.pipeline import Options, Resolved
+from saccade.planner import Learnt, Planner, Shape
+from tests.core.test_dial import card
+
+PIXELS = 64 * 64
+SMALL = Shape(PIXELS, PIXELS)
+
+
+def paced() -> Pace:
+    """Ten milliseconds each."""
+    pace = Pace()
+    for kind in ("encode", "denoise", "decode"):
+        pace.saw(kind, PIXELS, 0.010)  # type: ignore[arg-type]
+    return pace
+
+
+@dataclass
+class Lane:
+    """Work of `busy_s` comes before everybody."""
+
+    busy_s: float = 0.0
+    pace: Pace = field(default_factory=paced)
+
+    def before_s(self, ticket: Ticket) -> float:
+        assert ticket.deadline is not None
+        return self.busy_s
+
+
+def spend(planner: Planner, lane: object, shapes: list[Shape], of: Card | None = None, *, ago_s: float = 0.0,
+          longest_s: float = float("inf"), **options: Any) -> tuple[Resolved, Spend | None, float]:  # fmt: skip
+    """The plan, and when it was asked for."""
+
+    async def within() -> tuple[Resolved, Spend | None, float]:
+        wanted, known = Options(**options), of or card()
+        now = asyncio.get_running_loop().time()
+        resolved = wanted.resolve(known, "depth", planner.limits)
+        made = planner.spend(
+            lane, known, "depth", wanted, resolved, shapes, arrived=now - ago_s, longest_s=longest_s, written_as="x"
+        )
+        return *made, now
+
+    return asyncio.run(within())
+
+
+def members(*given: Any, **options: Any) -> int:
+    return spend(*given, **options)[0].ensemble_size
+
+
+def test_what_needs_no_plan_gets_none() -> None:
+    resolved, spent, _ = spend(Planner(), Lane(), [SMALL], steps=3)
+    assert (resolved.steps, spent) == (3, None)
+
+
+def test_load_and_time_gone_by_leave_less() -> None:
+    planner = Planner()
+    assert members(planner, Lane(), [SMALL], budget_ms=2000) == 10
+    assert members(planner, Lane(busy_s=1.6), [SMALL], budget_ms=2000) == 2
+    assert members(planner, Lane(), [SMALL], budget_ms=2000, ago_s=1.65) == 1
+    assert members(planner, Lane(), [SMALL] * 40, budget_ms=2000) == 1
+
+
+def test_the_deadline_is_the_budget_after_the_coming_or_the_servers_patience() -> None:
+    _, spent, now = spend(Planner(), Lane(), [SMALL], budget_ms=5000, ago_s=1.0)
+    assert spent is not None
+    assert spent.deadline is not None
+    assert 3.9 < spent.deadline - now < 4.0  # less what carrying and writing take
+    _, spent, now = spend(Planner(), Lane(), [SMALL], budget_ms=5000, longest_s=2.0)
+    assert spent is not None
+    assert spent.deadline is not None
+    assert spent.deadline - now < 2.0
+
+
+def test_slow_writing_is_learnt() -> None:
+    planner = Planner()
+    before = members(planner, Lane(), [SMALL], budget_ms=700)
+    for _ in range(8):
+        planner.saw("write x", PIXELS, 0.4)
+    assert members(planner, Lane(), [SMALL], budget_ms=700) < before
+
+
+def test_a_single_slow_one_teaches_little() -> None:
+    learnt = Learnt()
+    for _ in range(8):
+        learnt.saw(1.0, 0.2)
+    usual = learnt.seconds(1.0)
+    learnt.saw(1.0, 9.0)
+    assert learnt.seconds(1.0) == pytest.approx(usual)
+    assert usual == pytest.approx(0.2)
+
+
+def test_what_was_cut_off_too_late_is_cut_off_earlier() -> None:
+    planner = Planner()
+
+    def deadline() -> float:
+        _, spent, now = spend(planner, Lane(), [SMALL], budget_ms=5000)
+        assert spent is not None
+        assert spent.deadline is not None
+        return spent.deadline - now
+
+    at_first = deadline()
+    late = Plan(5, 5, "a test", complete=False, members=3, steps_taken=5)
+    for _ in range(15):  # each 50 ms too late, but for what is kept free by then
+        planner.cut(Spend(late, slack_s=planner.slack_s), late, 0.050 - planner.slack_s)
+    assert deadline() == pytest.approx(at_first - 0.050, abs=0.005)
+    waited = Plan(5, 5, "a test", complete=False, members=1, steps_taken=1)
+    for _ in range(15):
+        planner.cut(Spend(waited), waited, 9.0)
+        planner.cut(Spend(late), Plan(5, 5, "a test", members=5, steps_taken=5), 9.0)
+    assert deadline() == pytest.approx(at_first - 0.050, abs=0.005)
+
+
+def test_a_backend_without_a_lane_is_guessed_at() -> None:
+    assert members(Planner(), object(), [SMALL], budget_ms=600_000) == 10
+    assert members(Planner(Limits(members=3)), object(), [SMALL], budget_ms=600_000) == 2
