@@ -1,10 +1,11 @@
-"""Power laws through a measured dial: what the next step or the next member will buy.
+"""Power laws: through a measured dial (what the next step or the next member buys) and through training compute.
 
     python -m training.scaling SWEEP.json --plot docs/images/scaling.png
 
 SWEEP.json is what `saccade evaluate FOLDER --sweep --out DIR` leaves in DIR. For every task an error E (AbsRel,
 end-point error, 1 - IoU) is fitted by E(n) = floor + gain n^-exponent against members at every number of steps, and
 against steps at every number of members. A gain below zero says that E rises towards its floor. Prints Markdown.
+`training.study` fits the same law to validation losses against compute, whose count is `training.cost`'s.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ AXES = ("ensemble_size", "steps")
 WORDS = {"ensemble_size": "members", "steps": "steps"}
 SHOWN = {"depth": "abs_rel", "flow": "epe_px", "amodal": "iou"}
 EXPONENTS = np.geomspace(0.05, 4, 60)
+COMPUTE_EXPONENTS = np.geomspace(0.002, 2, 120)  # the papers' own are as small as 0.01
 
 
 @dataclass(frozen=True)
@@ -43,25 +45,50 @@ class PowerLaw:
         return curve
 
     @classmethod
-    def fit(cls, n: Sequence[float], error: Sequence[float]) -> PowerLaw:
-        """Least squares with floor >= 0, at least three points. Given the exponent the rest is linear, so that one is
-        searched alone: on a grid, then between the neighbours of the best."""
-        if len(n) < 3:
-            raise ValueError(f"a power law has three numbers, and there are {len(n)} points")
-        at = partial(cls._at, n=np.asarray(n, float), error=np.asarray(error))
-        best = int(np.argmin([at(float(x)).residual for x in EXPONENTS]))
-        around = EXPONENTS[max(best - 1, 0)], EXPONENTS[min(best + 1, len(EXPONENTS) - 1)]
+    def fit(
+        cls,
+        n: Sequence[float],
+        error: Sequence[float],
+        exponents: np.ndarray = EXPONENTS,
+        floor: bool = True,
+    ) -> PowerLaw:
+        """Least squares with floor >= 0 (or none: the form of the papers' L(C)) and an exponent within `exponents`,
+        sorted. At least as many points as numbers to find, else ValueError. Given the exponent the rest is linear, so
+        that one is searched alone: on the grid, then between the neighbours of the best."""
+        numbers = 3 if floor else 2
+        if len(n) < numbers:
+            name = ("two", "three")[floor]
+            raise ValueError(f"a power law has {name} numbers, and there are {len(n)} points")
+        scale = float(np.min(n))  # powers of a compute of 10^12 are no numbers to do linear algebra with
+        at = partial(cls._at, n=np.asarray(n, float) / scale, error=np.asarray(error, float), free=floor)
+        best = int(np.argmin([at(float(x)).residual for x in exponents]))
+        around = exponents[max(best - 1, 0)], exponents[min(best + 1, len(exponents) - 1)]
         finer = minimize_scalar(lambda x: at(float(x)).residual, bounds=around, options={"xatol": 1e-6})
-        return min(at(float(EXPONENTS[best])), at(float(finer.x)), key=lambda law: law.residual)
+        law = min(at(float(exponents[best])), at(float(finer.x)), key=lambda law: law.residual)
+        return replace(law, gain=law.gain * scale**law.exponent)
 
     @classmethod
-    def _at(cls, exponent: float, n: np.ndarray, error: np.ndarray) -> PowerLaw:
+    def _at(cls, exponent: float, n: np.ndarray, error: np.ndarray, free: bool) -> PowerLaw:
         term = n**-exponent
-        (floor, gain), *_ = np.linalg.lstsq(np.stack([np.ones_like(term), term], 1), error, rcond=None)
-        if floor < 0:
-            floor, gain = 0.0, (term @ error) / (term @ term)
+        floor, gain = 0.0, (term @ error) / (term @ term)
+        if free:
+            (found, beside), *_ = np.linalg.lstsq(np.stack([np.ones_like(term), term], 1), error, rcond=None)
+            if found >= 0:
+                floor, gain = found, beside
         left = np.sqrt(np.mean((floor + gain * term - error) ** 2))
         return cls(float(floor), float(gain), exponent, float(left))
+
+
+def exponent_range(
+    n: Sequence[float], error: Sequence[float], noise: float, draws: int = 200, **how: Any
+) -> tuple[float, float]:
+    """Where 90% of the exponents lie that are fitted when every error is moved by a relative `noise` (the deviation
+    between seeds): what chance does to a law through so few points."""
+    rng = np.random.default_rng(0)
+    moved = np.asarray(error) * np.exp(rng.normal(0, noise, (draws, len(error))))
+    found = [PowerLaw.fit(n, row, **how).exponent for row in moved]
+    low, high = np.quantile(found, (0.05, 0.95))
+    return float(low), float(high)
 
 
 def errors(sweep: dict[str, Any], task: str) -> dict[tuple[int, int], float]:
