@@ -124,6 +124,16 @@ def _command() -> Iterator[str]:
 
     yield "# The command `saccade`\n\nEvery command's own `--help`."
     yield from _helps(typer.main.get_command(app), "saccade")
+    yield from _stages()
+
+
+def _stages() -> Iterator[str]:
+    from training.stages import STAGES
+    from training.stages.command import parser
+
+    yield "\n# The fields of every stage\n"
+    for name in STAGES:
+        yield f"## Fields of saccade {name}\n\n```text\n{parser(name).format_help()}\n```\n"
 
 
 def _helps(command: Any, name: str) -> Iterator[str]:
