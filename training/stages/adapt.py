@@ -32,7 +32,11 @@ class Config(TuningConfig):
 
     rank: int = explained("of the branch U relu(D x) of every adapter", 8)
     scale: float = explained("factor of that branch", 1.0)
-    layers: tuple[str, ...] = explained("which layers have adapters: qkv, proj, fc1, fc2, adaLN, final", LAYERS)
+    layers: tuple[str, ...] = explained(
+        "which layers have adapters: qkv, proj, fc1, fc2, adaLN, final; empty: the first five, and on a base that has "
+        "never made an answer final too, without which it cannot learn to",
+        (),
+    )
 
 
 def run(config: Config, out: Path, device: str | None = None) -> Progress:
@@ -53,7 +57,8 @@ def objective(config: Config) -> tuple[Perceiving, Started]:
     routed = not isinstance(started.config, PerceptionConfig)  # a frozen input has no room for a condition
     state, base = prepared(started, codec, routed)
     furthest = max(started.labels.values(), default=0) - base.first_label
-    adapters = Adapters(max(len(TASKS), furthest + 1), config.rank, config.scale, config.layers)
+    layers = config.layers or (*LAYERS, *(("final",) if routed else ()))
+    adapters = Adapters(max(len(TASKS), furthest + 1), config.rank, config.scale, layers)
     new, diffusion = replace(base, adapters=adapters), config.diffusion or started.config.diffusion
     dit = network(new, diffusion)
     load_weights(dit, adapt(state, base, new))

@@ -19,6 +19,7 @@ from training.study import judge, plan, report
 from training.study.plan import Run, Study
 
 RESULT = "result.json"
+PARTS = ("depth", "flow", "amodal", "denoising")
 
 
 def main(config: Path, out: Path, threads: int = 1, only: Sequence[str] = (), data: str = "") -> dict[str, Any]:
@@ -46,7 +47,8 @@ def main(config: Path, out: Path, threads: int = 1, only: Sequence[str] = (), da
         row = finished(study, run, folders) if same is None else same
         if same is not None:
             folders[run.name] = folders[same["run"]]
-        done[run.name] = {**row, "run": run.name, "axis": run.axis, "point": run.point, "seed": run.seed}
+        told = {"run": run.name, "axis": run.axis, "point": run.point, "seed": run.seed}
+        done[run.name] = {**row, **told, "losses": losses(folders[run.name])}
         if new or number == len(runs):
             results = {"about": study.about, "axes": axes_of(study, done), "runs": list(done.values())}
             (out / "results.json").write_text(json.dumps(results, indent=1))
@@ -88,15 +90,18 @@ def finished(study: Study, run: Run, folders: dict[str, Path]) -> dict[str, Any]
     stage_of(run.stage).run(config, folder, device="cpu")
     judged = judge.judged(study.judge, run, values, folder, study.judge.pictures.replace("{data}", study.data))
     row = {"key": run.key, "stage": run.stage, "values": values, **judged}
-    row["losses"] = losses(folder)
     file.write_text(json.dumps({**row, "run": run.name}, indent=1))
     return {**row, "run": run.name}
 
 
-def losses(folder: Path) -> list[tuple[int, float]]:
-    """(step, mean training loss since the row before) of a run's log."""
-    rows = (json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines())
-    return [(row["step"], row["loss"]) for row in rows if "loss" in row]
+def losses(folder: Path) -> list[list[float]]:
+    """[step, mean training error since the row before] of a run's log, without a mixture's balance loss."""
+    found = []
+    for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines()):
+        if "loss" in row:
+            parts = [row[name] for name in PARTS if name in row]
+            found.append([row["step"], sum(parts) / len(parts) if parts else row["loss"]])
+    return found
 
 
 def command(argv: Sequence[str] | None = None) -> None:

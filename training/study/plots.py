@@ -91,6 +91,7 @@ def dots(panel: Axes, values: Sequence[float | None], places: np.ndarray, colour
             panel.plot(found, place, "o", color=colour)
             panel.annotate(f"{found:.3f}", (found, place), (0, 5), textcoords="offset points", ha="center", fontsize=7)
     panel.margins(x=0.25)
+    panel.locator_params(axis="x", nbins=4)
     panel.set_ylim(-0.6, len(places) - 0.4)
     panel.tick_params(axis="x", labelsize=7)
     panel.grid(alpha=0.3, axis="x")
