@@ -74,7 +74,7 @@ def test_a_request_is_one_trace_with_its_phases_and_batches(toy_repository: Path
         assert httpx.post(url, files=files("depth"), headers=headers).status_code == 200
         assert httpx.post(url, content=b"x").status_code == 415
         with ThreadPoolExecutor(4) as pool:
-            long = server.url + "/depth?steps=20&ensemble_size=5"  # long enough to meet the others
+            long = server.url + "/depth?steps=100"  # long enough to meet the others
             many = [pool.submit(httpx.post, long, files=files("depth")) for _ in range(4)]
             assert {answer.result().status_code for answer in many} == {200}
         server.popen.terminate()
