@@ -419,6 +419,10 @@ def evaluate(
     """How well the model answers, beside simple and classical methods. Needs the extra `train`."""
     if not data.is_dir():
         raise InvalidInput(f"no such folder: {data}", param="data")
+    if backend == "graphs":
+        _only_with_torch(
+            run=run, facts=facts, device=device != "cpu", precision=precision != "fp32", batch_size=batch_size > 1
+        )
     with researching.wing():
         from training import evaluate as evaluation
     evaluation.main(
@@ -436,6 +440,13 @@ def evaluate(
         run_sweep=sweep,
         torch=None if backend == "graphs" else evaluation.OnTorch(run, facts, device, precision, batch_size),
     )
+
+
+def _only_with_torch(**given: object) -> None:
+    """Raises InvalidInput for an option that the graphs would ignore."""
+    for name, value in given.items():
+        if value:
+            raise InvalidInput(f"--{name.replace('_', '-')} is of the torch backend: add --backend torch", param=name)
 
 
 researching.add_to(app)

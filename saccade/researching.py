@@ -93,14 +93,20 @@ def export(
         Path | None,
         typer.Option(help="Repository that also gets the model as NAME-torchscript, for Triton's backend pytorch."),
     ] = None,
+    licence: Annotated[
+        str | None, typer.Option(help="Of the weights, for the card.", show_default="the facts', else unknown")
+    ] = None,
 ) -> None:
     """Make a servable model of a run: ONNX graphs, checked against torch. Needs the extra `train`."""
     with wing():
         from training.stages import exporting
     card = exporting.export_run(
-        run, repository, name=name, facts=facts, which=weights, step=step, torchscript=torchscript
+        run, repository, name=name, facts=facts, which=weights, step=step, torchscript=torchscript, licence=licence
     )
-    typer.echo(f"{card.name}: {card.parameters / 1e6:.1f} M parameters, digest {card.digest[:12]}")
+    typer.echo(
+        f"{card.name}: {card.parameters / 1e6:.1f} M parameters, digest {card.digest[:12]}, licence {card.licence}"
+    )
+    typer.echo(f"serve it: saccade serve --model-repository {repository} --model {card.name}")
 
 
 def scaling(
@@ -145,7 +151,16 @@ def import_(
     torchscript: Annotated[
         Path | None, typer.Option(help="Repository that also gets it as NAME-torchscript.", show_default=False)
     ] = None,
-    dtr: Annotated[bool, typer.Option("--dtr", help="It was trained with Denoising Task Routing.")] = False,
+    dtr: Annotated[
+        bool, typer.Option("--dtr", help="It was trained with Denoising Task Routing, and its file does not say so.")
+    ] = False,
+    dtr_alpha: Annotated[
+        float | None, typer.Option(help="Routing's alpha.", show_default="by its file, else 4")
+    ] = None,
+    dtr_beta: Annotated[
+        float | None, typer.Option(help="Routing's beta.", show_default="by its file, else 0.8")
+    ] = None,
+    active: Annotated[int | None, typer.Option(min=1, help="Experts that see a token.", show_default="2")] = None,
     heads: Annotated[int | None, typer.Option(help="Heads of attention.", show_default="by the width")] = None,
     grid: Annotated[
         int | None, typer.Option(help="Tokens along an edge, in training.", show_default="by its file")
@@ -171,10 +186,11 @@ def import_(
         typer.Option(help="Spacing of the timesteps for callers who ask for none.", show_default="its kind's"),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Steps for callers who ask for none.", show_default="its kind's")
+        int | None, typer.Option(min=1, help="Steps for callers who ask for none.", show_default="its kind's")
     ] = None,
     resolution: Annotated[
-        int | None, typer.Option(help="Longer edge in pixels for callers who ask for none.", show_default="its kind's")
+        int | None,
+        typer.Option(min=0, help="Longer edge in pixels for callers who ask for none.", show_default="its kind's"),
     ] = None,
     licence: Annotated[str | None, typer.Option(help="Of the weights.", show_default="its kind's")] = None,
 ) -> None:

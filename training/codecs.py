@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from saccade.errors import InvalidInput
 from saccade.tasks import rgb_to_ycbcr
+from training.config import POSITIVE, explained, within
 from training.models.codec import BLOCK, DCTCodec
 
 PICTURE_KEPT = (10, 3, 3)
@@ -28,17 +29,17 @@ LEAST_DEVIATION = 0.03
 class CodecConfig:
     """What pictures and targets are coded with."""
 
-    kind: Literal["dct", "autoencoder"] = field(
-        default="dct", metadata={"help": "dct: a fixed block transform; autoencoder: an imported one (path)"}
+    kind: Literal["dct", "autoencoder"] = explained(
+        "dct: a fixed block transform; autoencoder: an imported one (path)", "dct"
     )
-    path: str = field(default="", metadata={"help": "folder of the autoencoder, as diffusers has them"})
-    picture_std: tuple[float, ...] = field(
-        default=(),
-        metadata={"help": "of each channel of pictures' latents; empty: measured when a run begins"},
+    path: str = explained("folder of the autoencoder, as diffusers has them", "")
+    picture_std: tuple[float, ...] = explained(
+        "of each channel of pictures' latents; empty: measured when a run begins", ()
     )
-    target_std: tuple[float, ...] = field(
-        default=(), metadata={"help": "the same of targets' latents; empty: measured when a run begins"}
-    )
+    target_std: tuple[float, ...] = explained("the same of targets' latents; empty: measured when a run begins", ())
+
+    def __post_init__(self) -> None:
+        within(self, POSITIVE, "picture_std", "target_std")
 
 
 class Codec(nn.Module):

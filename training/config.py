@@ -31,6 +31,49 @@ class Entry:
     help: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Finite numbers from `low` to `high`. `above`: not `low` itself; `below`: not `high` itself."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        if not self.low <= value <= self.high:
+            return False
+        return value != math.inf and not (self.above and value == self.low) and not (self.below and value == self.high)
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"above {self.low:g}" if self.above else f"at least {self.low:g}"
+        return f"from {'above ' * self.above}{self.low:g} to {'below ' * self.below}{self.high:g}"
+
+
+SHARE, BELOW_ONE = Range(0, 1), Range(0, 1, below=True)
+NOT_NEGATIVE, POSITIVE, COUNT = Range(0), Range(0, above=True), Range(1)
+EDGE = Range(1, 65536)
+"""Of a picture, in pixels."""
+
+
+def within(config: Any, allowed: Range, *names: str) -> None:
+    """Raises InvalidInput for the first of a configuration's fields that has a number out of the range."""
+    for name in names:
+        for value in _numbers(getattr(config, name)):
+            if value not in allowed:
+                raise InvalidInput(f"{name} must be {allowed}, not {value}", param=name)
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """Those of lists in lists, one after another."""
+    if not isinstance(value, Sequence):
+        yield value
+        return
+    for one in value:
+        yield from _numbers(one)
+
+
 def explained(help: str, default: Any = dataclasses.MISSING, factory: Any = dataclasses.MISSING) -> Any:
     """A field with its line of help."""
     return dataclasses.field(default=default, default_factory=factory, metadata={"help": help})
@@ -88,8 +131,9 @@ def put(table: dict[str, Any], override: str) -> None:
         table[last] = text.strip()
 
 
-def build(kind: type[T], table: Mapping[str, Any], where: str = "") -> T:
-    """The dataclass `kind` from a table as TOML or JSON hold it. Raises InvalidInput."""
+def build(kind: type[T], table: Mapping[str, Any], where: str = "", under: T | None = None) -> T:
+    """The dataclass `kind` from a table as TOML or JSON hold it; what the table leaves out is as in `under`, else the
+    field's default. Raises InvalidInput."""
     hints = get_type_hints(kind)
     known = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for name in table:
@@ -97,11 +141,13 @@ def build(kind: type[T], table: Mapping[str, Any], where: str = "") -> T:
             near = difflib.get_close_matches(str(name), known, 1)
             hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
             raise InvalidInput(f"{where}{name} is not known{hint}", param=f"{where}{name}")
-    missing = [name for name, f in known.items() if name not in table and _required(f)]
+    missing = [name for name, f in known.items() if under is None and name not in table and _required(f)]
     if missing:
         told = ", ".join(f"{where}{name}" for name in missing)
         raise InvalidInput(f"{told} must be given", param=f"{where}{missing[0]}")
-    given = {name: _convert(hints[name], value, f"{where}{name}") for name, value in table.items()}
+    given = {} if under is None else {name: getattr(under, name) for name in known}
+    for name, value in table.items():
+        given[name] = _convert(hints[name], value, f"{where}{name}", _default(known[name], under))
     try:
         return kind(**given)
     except InvalidInput as error:
@@ -112,13 +158,22 @@ def _required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    """A value as the type `hint`. Raises InvalidInput."""
+def _default(field: dataclasses.Field[Any], under: Any = None) -> Any:
+    """A field's value where none is given: that of `under`, else its own; None where it must be given."""
+    if under is not None:
+        return getattr(under, field.name)
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else None
+
+
+def _convert(hint: Any, value: Any, where: str, under: Any = None) -> Any:
+    """A value as the type `hint`; a table lies over `under`, where that is of this type. Raises InvalidInput."""
     origin, inner = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
     if origin in (Union, types.UnionType):
-        return _one_of(inner, value, where)
+        return _one_of(inner, value, where, under)
     if origin is Literal:
         if value not in inner:
             near = difflib.get_close_matches(str(value), map(str, inner), 1)
@@ -132,7 +187,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             value = {"name": value}
         if not isinstance(value, Mapping):
             raise _wrong(where, value, "a table")
-        return build(hint, value, f"{where}.")
+        return build(hint, value, f"{where}.", under if isinstance(under, hint) else None)
     if origin is dict:
         if not isinstance(value, Mapping):
             raise _wrong(where, value, "a table")
@@ -142,14 +197,14 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     return _plain(hint, value, where)
 
 
-def _one_of(hints: tuple[Any, ...], value: Any, where: str) -> Any:
+def _one_of(hints: tuple[Any, ...], value: Any, where: str, under: Any) -> Any:
     """`none` and `""` stand for None where that may be: TOML has no word for it."""
     if type(None) in hints and (value is None or value == "none"):
         return None
     error: InvalidInput | None = None
     for hint in (h for h in hints if h is not type(None)):
         try:
-            return _convert(hint, value, where)
+            return _convert(hint, value, where, under)
         except InvalidInput as wrong:
             error = error or wrong
     raise error or _wrong(where, value, "nothing")
@@ -167,9 +222,13 @@ def _sequence(hints: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]
 
 def _plain(hint: Any, value: Any, where: str) -> Any:
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if not math.isfinite(value):
+        try:
+            number = float(value)
+        except OverflowError:  # a whole number of hundreds of digits
+            number = math.inf
+        if not math.isfinite(number):
             raise _wrong(where, value, "a finite number")
-        return float(value)
+        return number
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
         return value
     if hint is int and isinstance(value, float) and value.is_integer():
@@ -211,24 +270,24 @@ def _told(hint: Any) -> str:
     return "a table"
 
 
-def entries(kind: type[Any], where: str = "") -> Iterator[Entry]:
-    """Every field of a configuration and of the tables in it, in order."""
+def entries(kind: type[Any], where: str = "", under: Any = None) -> Iterator[Entry]:
+    """Every field of a configuration and of the tables in it, in order; defaults are those of `under`, where given."""
     hints = get_type_hints(kind)
     for f in dataclasses.fields(kind):
         inner = _table(hints[f.name])
         rows = _rows(hints[f.name])
         if rows is not None:
-            yield Entry(f"{where}{f.name}", "a list of tables", _shown(f), f.metadata.get("help", ""))
+            yield Entry(f"{where}{f.name}", "a list of tables", _shown(f, under), f.metadata.get("help", ""))
             yield from entries(rows, f"{where}{f.name}[].")
             continue
-        if inner is not None and f.default is not None:
-            yield from entries(inner, f"{where}{f.name}.")
+        if inner is not None and (f.default is not None or _default(f, under) is not None):
+            yield from entries(inner, f"{where}{f.name}.", _default(f, under))
             continue
         if inner is not None:
             yield Entry(f"{where}{f.name}", "a table or none", "none", f.metadata.get("help", ""))
             yield from entries(inner, f"{where}{f.name}.")
             continue
-        yield Entry(f"{where}{f.name}", _told(hints[f.name]), _shown(f), f.metadata.get("help", ""))
+        yield Entry(f"{where}{f.name}", _told(hints[f.name]), _shown(f, under), f.metadata.get("help", ""))
 
 
 def _table(hint: Any) -> type[Any] | None:
@@ -244,11 +303,11 @@ def _rows(hint: Any) -> type[Any] | None:
     return inner[0] if get_origin(hint) is tuple and dataclasses.is_dataclass(inner[0]) else None
 
 
-def _shown(field: dataclasses.Field[Any]) -> str:
+def _shown(field: dataclasses.Field[Any], under: Any = None) -> str:
     """A default in TOML's words."""
-    if _required(field):
+    if under is None and _required(field):
         return ""
-    value = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+    value = _default(field, under)
     if value is None:
         return "none"
     if isinstance(value, tuple):

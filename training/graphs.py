@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,7 @@ def write_onnx(
     file.parent.mkdir(parents=True, exist_ok=True)
     names, outputs = servable.names[part]
     external = _bytes(module) > external_above
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what the exporter says of its own innards
+    with torch.no_grad(), _quietly():
         torch.onnx.export(
             module, servable.examples(2, 96, 128, 0)[part], str(file), input_names=names, output_names=outputs,
             dynamic_shapes=servable.dynamic_shapes(largest_batch)[part], dynamo=True, external_data=external,
@@ -44,6 +45,20 @@ def write_onnx(
     if not external:
         name_initializers(graph, module.state_dict())
     file.write_bytes(graph.SerializeToString())
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what the exporter says of its own innards."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _bytes(module: nn.Module) -> int:

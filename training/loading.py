@@ -23,7 +23,7 @@ from training.stages.started import ClassesConfig, config_of
 Which = Literal["model", "average"]
 Facts = dict[str, Any]
 DEFAULT_STAGE = "train"
-LICENCE = "Apache-2.0"
+UNKNOWN_LICENCE = "unknown: that of the data and of the model it began with"
 MULTIPLE = 16
 DEFAULT_SIZES = ((1, 192, 144), (3, 64, 256), (5, 256, 256))
 DEFAULT_TOLERANCE = 2e-4
@@ -64,7 +64,7 @@ def facts_of(config: PerceptionConfig, said: Mapping[str, Any]) -> Facts:
     told = ", ".join(f"{stage['stage']} {stage.get('step', 0)} steps" for stage in stages)
     return {
         "summary": f"{shape_of(config)}; {told}.",
-        "licence": LICENCE,
+        "licence": UNKNOWN_LICENCE,
         "tasks": tasks,
         "training": {
             "data": [str(Path(path).name) for path in about.get("data", ())],

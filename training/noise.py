@@ -5,24 +5,26 @@ Torch alone, so that it runs where the model is; what is drawn depends on the ge
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from training.config import SHARE, explained, within
 
 
 @dataclass(frozen=True)
 class NoiseConfig:
     """Multi-resolution noise as the authors' configuration has it (and Marigold's, 2312.02145 section 3.2)."""
 
-    strength: float = field(
-        default=0.0, metadata={"help": "how much each coarser octave of noise counts beside the finer; 0: plain noise"}
+    strength: float = explained(
+        "how much each coarser octave of noise counts beside the finer, to 1; 0: plain noise", 0.0
     )
-    annealed: bool = field(
-        default=True,
-        metadata={"help": "the strength falls as strength * t / T, to plain noise at t = 0"},
-    )
+    annealed: bool = explained("the strength falls as strength * t / T, to plain noise at t = 0", True)
+
+    def __post_init__(self) -> None:
+        within(self, SHARE, "strength")
 
 
 def draw(shape: tuple[int, ...], t: Tensor, steps: int, config: NoiseConfig, generator: torch.Generator) -> Tensor:

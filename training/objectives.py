@@ -6,50 +6,49 @@ Min-SNR, or learned uncertainty), and the noise that is drawn.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from saccade import ddim
-from saccade.errors import InvalidInput
 from saccade.schedule import Kind, NoiseSchedule
 from training import noise
+from training.config import POSITIVE, Range, explained, within
 from training.noise import NoiseConfig
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 Weighting = Literal["none", "min_snr", "uncertainty"]
+TIMESTEPS, SHIFT = Range(2, 1_000_000), Range(1e-6, 1e6)
 
 
 @dataclass(frozen=True)
 class DiffusionConfig:
     """The forward process and the loss."""
 
-    schedule: Kind = field(default="cosine", metadata={"help": "noise schedule: linear, scaled_linear or cosine"})
-    timesteps: int = field(default=1000, metadata={"help": "T, steps of the forward process"})
-    zero_terminal_snr: bool = field(
-        default=True, metadata={"help": "the last timestep is pure noise (2305.08891); not with prediction = epsilon"}
+    schedule: Kind = explained("noise schedule: linear, scaled_linear or cosine", "cosine")
+    timesteps: int = explained("T, steps of the forward process", 1000)
+    zero_terminal_snr: bool = explained(
+        "the last timestep is pure noise (2305.08891); not with prediction = epsilon", True
     )
-    beta_start: float | None = field(default=None, metadata={"help": "first beta (not for cosine); none: the kind's"})
-    beta_end: float | None = field(default=None, metadata={"help": "last beta (not for cosine); none: the kind's"})
-    prediction: Prediction = field(
-        default="v_prediction", metadata={"help": "what the model predicts: epsilon, v_prediction or sample"}
+    beta_start: float | None = explained("first beta (not for cosine); none: the kind's", None)
+    beta_end: float | None = explained("last beta (not for cosine); none: the kind's", None)
+    prediction: Prediction = explained("what the model predicts: epsilon, v_prediction or sample", "v_prediction")
+    weighting: Weighting = explained(
+        "of timesteps: none, min_snr (2303.09556; with zero_terminal_snr the last timestep, where sampling begins, "
+        "then counts nothing), or uncertainty (a learned log-variance over t)",
+        "none",
     )
-    weighting: Weighting = field(
-        default="none",
-        metadata={"help": "of timesteps: none, min_snr (2303.09556), or uncertainty (a learned log-variance over t)"},
-    )
-    gamma: float = field(default=5.0, metadata={"help": "of Min-SNR: signal-to-noise ratios above it count as it"})
-    shift: float = field(
-        default=1.0, metadata={"help": "above 1, noisy timesteps are drawn more often (2403.03206 eq. 23); 1: evenly"}
-    )
-    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    gamma: float = explained("of Min-SNR: signal-to-noise ratios above it count as it", 5.0)
+    shift: float = explained("above 1, noisy timesteps are drawn more often (2403.03206 eq. 23); 1: evenly", 1.0)
+    noise: NoiseConfig = explained("", factory=NoiseConfig)
 
     def __post_init__(self) -> None:
+        within(self, TIMESTEPS, "timesteps")
         ddim.check(self.process, self.prediction)
-        if not self.gamma > 0 or not self.shift > 0:
-            raise InvalidInput("gamma and shift must be above 0", param="gamma")
+        within(self, POSITIVE, "gamma")
+        within(self, SHIFT, "shift")
 
     @property
     def process(self) -> NoiseSchedule:

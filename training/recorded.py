@@ -10,19 +10,23 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from saccade.errors import InvalidInput
+from saccade.errors import InvalidInput, SaccadeError
 from training.data import Batch, Scenes
+from training.data.batch import CELL
 from training.data.order import Order
 
 log = logging.getLogger(__name__)
 TASKS = ("depth", "flow", "amodal")
 KINDS = {"image": np.uint8, "prompt": np.uint8, "target": np.float16, "weight": np.bool_}
+SHARDS = ("solid", "layered")  # the kinds that `Scenes` draws from
 AT_ONCE = 256
+BAD_INPUT, FAILED = 2, 1
 
 
 class Recorded:
@@ -55,7 +59,8 @@ def _open(folder: Path) -> dict[str, np.ndarray]:
     try:
         rows = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in KINDS}
     except (OSError, ValueError) as error:
-        raise InvalidInput(f"{folder} holds no recorded samples: run python -m training.recorded") from error
+        how = f"python -m training.recorded SCENES {folder.parent} --size 64"
+        raise InvalidInput(f"{folder} holds no recorded samples: {how} makes them") from error
     if len({len(values) for values in rows.values()}) != 1 or not len(rows["image"]):
         raise InvalidInput(f"{folder}: its files are of different lengths, or empty")
     return rows
@@ -90,6 +95,15 @@ def record(source: Scenes, out: Path, count: int, size: tuple[int, int], tasks: 
         draft.rename(out / task)
 
 
+def check(scenes: Path, count: int, size: int) -> None:
+    """Raises InvalidInput for what cannot be recorded, and names the kind of shards that is missing."""
+    if count < 1 or size < CELL or size % CELL:
+        raise InvalidInput(f"--count is at least 1 and --size a multiple of {CELL}, not {count} and {size}")
+    if lacking := [kind for kind in SHARDS if not any(scenes.glob(f"{kind}-*"))]:
+        how = " and ".join(f"python -m training.scenes.make {scenes} --kind {kind}" for kind in lacking)
+        raise InvalidInput(f"{scenes} holds no {' and no '.join(lacking)} shards: {how} makes them", param="scenes")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="write down batches of generated scenes")
     parser.add_argument("scenes", type=Path, help="folder of shards")
@@ -99,7 +113,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    record(Scenes(args.scenes, seed=args.seed), args.out, args.count, (args.size, args.size))
+    try:
+        check(args.scenes, args.count, args.size)
+        record(Scenes(args.scenes, seed=args.seed), args.out, args.count, (args.size, args.size))
+    except (SaccadeError, OSError) as error:
+        sys.stderr.write(f"training.recorded: {error}\n")
+        raise SystemExit(BAD_INPUT if isinstance(error, InvalidInput) else FAILED) from None
 
 
 if __name__ == "__main__":

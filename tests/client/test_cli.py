@@ -317,6 +317,11 @@ def test_evaluate_says_what_the_folder_lacks(saccade: Saccade) -> None:
     assert "depth/" in said.err
 
 
+@pytest.mark.parametrize("option", [("--run", "run"), ("--device", "cuda"), ("--batch-size", "4")])
+def test_graphs_are_not_evaluated_in_a_runs_place(saccade: Saccade, option: tuple[str, str]) -> None:
+    refused(saccade("evaluate", ".", *option), "--backend torch")
+
+
 def test_train_wants_a_recipe(saccade: Saccade) -> None:
     refused(saccade("train", "nowhere.toml", "-o", "run"), "nowhere.toml")
 

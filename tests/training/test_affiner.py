@@ -99,9 +99,25 @@ def test_one_graph_serves_a_batch_of_mixed_tasks() -> None:
     torch.testing.assert_close(together, model(x, t, y), atol=1e-5, rtol=1e-5)
 
 
-def test_input_convolutions_are_a_tasks_own_where_every_task_has_one() -> None:
-    own = replace(ADAPTED, inputs=3, condition=8)
-    assert "x_embedder.weight" in freeze_base(DiT(own))
+@torch.no_grad()
+def test_small_scales_survive_bf16() -> None:
+    """Scales far below the step of bf16 at 1: the exact sum, rounded once."""
+    layer = Affiner(64, 64, Adapters(tasks=1, rank=2))
+    layer.weight.copy_(torch.eye(64))
+    layer.bias.copy_(noise(64, seed=1))
+    layer.scale.copy_(torch.linspace(-0.0035, 0.0035, 64)[None])
+    layer.shift.copy_(0.003 * noise(1, 64, seed=2))
+    x = noise(20, 16, 64).bfloat16().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x, torch.zeros(20, dtype=torch.int64))
+    wanted = x * (1 + layer.scale) + (layer.bias + layer.shift)
+    assert torch.equal(out, wanted.bfloat16())
+
+
+@pytest.mark.parametrize("inputs", [3, 5])
+def test_input_convolutions_are_a_tasks_own_where_there_are_several(inputs: int) -> None:
+    own = replace(ADAPTED, inputs=inputs, condition=8, labels=20)
+    assert {"x_embedder.weight", "x_embedder.bias"} <= set(freeze_base(DiT(own)))
     assert not [name for name in freeze_base(DiT(ADAPTED)) if name.startswith("x_embedder")]
     with pytest.raises(InvalidInput, match="task's own"):
         freeze_base(DiT(TOY))

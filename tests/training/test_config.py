@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pytest
 
 from saccade.errors import InvalidInput
-from training.config import build, explained, help_of, load
+from training.config import Range, build, explained, help_of, load, within
 from training.stages import STAGES
 from training.stages.command import parser, stage_of
 
@@ -68,6 +68,7 @@ def test_none_can_be_said(tmp_path: Path) -> None:
         ({"inner": {"dept": 1}}, r"inner\.dept is not known; did you mean depth"),
         ({"rate": "fast"}, "rate is 'fast', which is not a number"),
         ({"rate": float("nan")}, "finite"),
+        ({"rate": 10**400}, "finite"),
         ({"rate": True}, "rate is True"),
         ({"kind": "fance"}, "one of plain, fancy; did you mean fancy"),
         ({"sizes": [[8]]}, r"sizes\[0\] is \[8\], which is not a list of 2"),
@@ -105,6 +106,42 @@ def test_what_is_not_name_and_value_is_refused(override: str) -> None:
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"none\.toml cannot be read"):
         load(Outer, tmp_path / "none.toml")
+
+
+@dataclass(frozen=True)
+class Around:
+    inner: Inner = explained("", factory=lambda: Inner("c3", 12))
+
+
+def test_a_table_lies_over_the_value_that_its_field_begins_with() -> None:
+    assert build(Around, {"inner": {"depth": 5}}) == Around(Inner("c3", 5))
+    assert load(Around, None, ["inner.name=d4"]) == Around(Inner("d4", 12))
+    text = help_of(Around)
+    assert 'inner.name (text) [default: "c3"]' in text
+    assert "inner.depth (a whole number) [default: 12]" in text
+
+
+@dataclass(frozen=True)
+class Ranged:
+    value: Any
+
+
+@pytest.mark.parametrize(
+    ("allowed", "fine", "wrong", "told"),
+    [
+        (Range(0, 1), (0, 0.5, 1, (0, 1)), (-0.1, 1.1, (0.5, 2), float("nan")), "from 0 to 1"),
+        (Range(0, 1, below=True), (0, 0.9), (1, (0.5, 1)), "from 0 to below 1"),
+        (Range(0, above=True), (1e-9, 10**400), (0, -1, float("inf")), "above 0"),
+        (Range(1), (1, ((1, 2), (3, 4))), (0, ((1, 2), (3, 0)), -(10**400)), "at least 1"),
+    ],
+)
+def test_ranges_hold_for_every_number_of_a_field(allowed: Range, fine: Any, wrong: Any, told: str) -> None:
+    for value in fine:
+        within(Ranged(value), allowed, "value")
+    for value in wrong:
+        with pytest.raises(InvalidInput, match=f"value must be {told}, not") as refused:
+            within(Ranged(value), allowed, "value")
+        assert refused.value.param == "value"
 
 
 def test_help_has_every_field_with_its_default() -> None:

@@ -24,7 +24,11 @@ def test_a_sheet_shows_picture_prompt_target_and_what_is_known(
     arguments = [str(tmp_path / "data"), "--kind", "pix2gestalt", "--count", "3", "--size", "64", "--out", str(out)]
     assert look.main([*arguments, "split=all"]) == 0
     page = sheet(out)
-    assert page.shape == (3 * 64 + 2 * 6, 4 * 64 + 3 * 6, 3)
+    head = look.TITLE_PX + look.GAP_PX
+    assert page.shape == (head + 3 * 64 + 2 * 6, 4 * 64 + 3 * 6, 3)
+    for column in range(4):
+        assert page[: look.TITLE_PX, column * 70 : column * 70 + 64].min() < 100  # its title
+    page = page[head:]
     prompt, target = page[:64, 70:134], page[:64, 140:204]
     assert set(np.unique(prompt)) >= {0, 255}
     assert (target[0, 0] >= 254).all()

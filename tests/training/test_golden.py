@@ -29,11 +29,13 @@ class Golden:
     def __init__(self, kind: str, folder: Path) -> None:
         tensors = load_file(GOLDEN / f"{kind}.safetensors")
         weights = {key.removeprefix("weights/"): x for key, x in tensors.items() if key.startswith("weights/")}
+        if kind == "dtr":  # as its authors' buffers are saved
+            weights |= {f"blocks.{block}.routing._unit_mapping": tensors["mask"].clone() for block in range(2)}
         file = folder / f"{kind}.safetensors"
         save_file(weights, file)
         self.inputs = tuple(tensors[f"in/{name}"] for name in "xty")
         self.out, self.mask = tensors["out"], tensors.get("mask")
-        imported = load(file, heads=4, grid=4, **({"dtr": True} if kind == "dtr" else {}))
+        imported = load(file, heads=4, grid=4)
         self.model = DiT(imported.config).eval()
         self.model.load_state_dict(imported.state)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from saccade.errors import ModelError
+from saccade.errors import InvalidInput, ModelError
 from saccade.repository import Repository
 from tests.training import foreign
 from training.importers.command import run_import
 from training.importers.imported import Imported
 from training.importers.load import load
 from training.models.dit import DiT
+from training.models.routing import Routing, channel_masks
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 GOLDENS = {"dit": "meta-dit", "dtr": "meta-dit", "dit_moe": "dit-moe", "generalist": "generalist"}
@@ -47,6 +49,101 @@ def test_an_imported_file_computes_what_its_reference_does(tmp_path: Path, name:
     assert imported.kind == GOLDENS[name]
     ours = computed(imported, vectors["in/x"], vectors["in/t"], vectors["in/y"])
     assert (ours - vectors["out"]).abs().max() <= 1e-5
+
+
+def routed(tmp_path: Path, change: Callable[[Tensor], Tensor] = lambda table: table, blocks: int = 2) -> Path:
+    """DTR's file as its authors save it: a table of masks in every block."""
+    file, vectors = golden(tmp_path, "dtr")
+    weights = torch.load(file, weights_only=False)["ema"]
+    table = change(vectors["mask"].float())
+    weights |= {f"blocks.{block}.routing._unit_mapping": table.clone() for block in range(blocks)}
+    torch.save({"model": weights, "ema": weights}, file)
+    return file
+
+
+def test_the_authors_tables_of_task_routing_are_read(tmp_path: Path) -> None:
+    vectors = golden(tmp_path, "dtr")[1]
+    for told in ({}, {"dtr": True}, {"dtr_alpha": 4.0}):
+        imported = load(routed(tmp_path), heads=4, grid=4, **told)
+        assert imported.config is not None
+        assert imported.config.routing == Routing(4.0, 0.8)
+        ours = computed(imported, vectors["in/x"], vectors["in/t"], vectors["in/y"])
+        assert (ours - vectors["out"]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("wanted", [Routing(2.0, 0.5), Routing(1.5, 0.37), Routing(6.0, 1.0), Routing(1.0, 0.05)])
+def test_a_window_of_another_shape_is_found_by_its_table(tmp_path: Path, wanted: Routing) -> None:
+    theirs = channel_masks(wanted, 64, 1000)
+    config = load(routed(tmp_path, lambda _: theirs), heads=4, grid=4, dtr=True).config
+    assert config is not None
+    assert config.routing is not None
+    assert torch.equal(channel_masks(config.routing, 64, 1000), theirs)
+
+
+@pytest.mark.parametrize(
+    ("change", "blocks", "told", "said"),
+    [
+        (lambda table: table[:, torch.randperm(64)], 2, {}, "not DTR's"),  # the paper's random routing
+        (lambda table: table * 0, 2, {}, "0 of 64 channels"),
+        (lambda table: table * 0.5, 2, {}, "not DTR's"),
+        (lambda table: table[:500], 2, {}, r"is \[500, 64\], not \[1000, 64\]"),
+        (lambda table: table, 1, {}, "1 tables of task routing .* in 2 blocks"),
+        (lambda table: table, 2, {"dtr_alpha": 2.0}, "windows of alpha 2, beta 0.8"),
+    ],
+)
+def test_tables_that_do_not_fit_are_refused(
+    tmp_path: Path, change: Callable[[Tensor], Tensor], blocks: int, told: dict[str, float], said: str
+) -> None:
+    with pytest.raises(ModelError, match=said) as error:
+        load(routed(tmp_path, change, blocks), heads=4, grid=4, **told)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["dit", "dit_moe", "generalist"])
+def test_routing_can_be_told_of_every_transformer(tmp_path: Path, name: str) -> None:
+    file, _ = golden(tmp_path, name)
+    for told, wanted in (
+        ({}, None),
+        ({"dtr": True}, Routing()),
+        ({"dtr": True, "dtr_alpha": 2.0}, Routing(alpha=2.0)),
+        ({"dtr_beta": 0.5}, Routing(beta=0.5)),
+    ):
+        config = load(file, heads=4, grid=4, **told).config
+        assert config is not None
+        assert config.routing == wanted
+    with pytest.raises(InvalidInput, match="beta"):
+        load(file, heads=4, grid=4, dtr_beta=2.0)
+
+
+@pytest.mark.parametrize("name", ["dit_moe", "generalist"])
+def test_how_many_experts_answer_can_be_told(tmp_path: Path, name: str) -> None:
+    file, _ = golden(tmp_path, name)
+    for told in (1, 3):
+        config = load(file, heads=4, grid=4, active=told).config
+        assert config is not None
+        assert config.experts is not None
+        assert config.experts.active == told
+    with pytest.raises(InvalidInput, match="cannot be active"):
+        load(file, heads=4, grid=4, active=99)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"active": 2},
+        {"steps": 3},
+        {"resolution": 64},
+        {"spacing": "trailing"},
+        {"steps": -1},
+        {"resolution": -8},
+        {"heads": 0},
+        {"grid": -1},
+    ],
+)
+def test_options_that_a_generator_has_no_use_for_are_refused(tmp_path: Path, told: dict[str, Any]) -> None:
+    file, _ = golden(tmp_path, "dit")
+    with pytest.raises(InvalidInput, match=next(iter(told))):
+        load(file, **({"heads": 4, "grid": 4} | told))
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +188,12 @@ def test_copies_that_differ_between_blocks_are_refused(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"copies of y_embedder\.embedding_table\.weight differ"):
         load(tmp_path)
+
+
+def test_routing_can_be_told_of_diffusers_folders(folder: Path) -> None:
+    config = load(folder, dtr=True, dtr_beta=0.5).config
+    assert config is not None
+    assert config.routing == Routing(beta=0.5)
 
 
 def edited(folder: Path, tmp_path: Path, **fields: Any) -> Path:

@@ -136,6 +136,12 @@ def test_the_card_says_what_the_folder_says(folder: Path) -> None:
     ] == defaults | {"steps": 3, "spacing": "trailing", "processing_resolution": 768}
 
 
+@pytest.mark.parametrize("told", [{"dtr": True}, {"dtr_beta": 0.5}, {"active": 2}, {"heads": 4}, {"grid": 4}])
+def test_options_of_transformers_are_refused(folder: Path, told: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInput, match=f"a U-Net has no use for {next(iter(told))}"):
+        load(folder, **told)
+
+
 def test_the_codec_is_the_autoencoders_mean_times_its_scale(folder: Path) -> None:
     peer, codec = foreign.autoencoder("AutoencoderKL"), open_codec(folder)
     pictures = torch.randn(2, 3, 16, 24, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -17,10 +18,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saccade.errors import InvalidInput
+from saccade.errors import InvalidInput, ModelError
 from tests.training.tiny import CONFIG, STEPS, Net, Tiny
 from training.loop import Diverged, Loop, LoopConfig, checkpoint, log, speed, tree
 from training.loop.loop import seed_of
+from training.models.moe import grouped_product
 
 RARELY = replace(CONFIG, checkpoint_s=1e9)
 SHORT = replace(RARELY, steps=9)
@@ -74,6 +76,15 @@ def test_it_does_what_a_plain_loop_does(tmp_path: Path) -> None:
     for name, p in trained.items():
         torch.testing.assert_close(weights[name], p.detach(), atol=2e-6, rtol=1e-5)
         torch.testing.assert_close(averages[name], average[name], atol=2e-6, rtol=1e-5)
+
+
+def test_two_do_not_train_in_one_folder(tmp_path: Path) -> None:
+    loop = begin(tmp_path)
+    with (tmp_path / "lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ModelError, match="another process trains in"):
+            loop.run()
+    assert loop.run().step == SHORT.steps
 
 
 def test_parts_one_after_another_are_the_whole_batch(tmp_path: Path) -> None:
@@ -247,6 +258,9 @@ def test_bfloat16_leaves_weights_in_float32(tmp_path: Path) -> None:
     [
         ({"steps": 0}, "steps"),
         ({"ema": 1.0}, "ema"),
+        ({"betas": (2.0, 2.0)}, "betas"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 10**30}, "seed"),
         ({"lr": -1.0}, "lr"),
         ({"lr": math.nan}, "lr"),
         ({"decay": "linear"}, "decay"),
@@ -308,6 +322,13 @@ def test_grouped_products_count_as_their_parts() -> None:
     a, b = torch.randn(24, 16, dtype=torch.bfloat16), torch.randn(3, 16, 32, dtype=torch.bfloat16)
     ends = torch.tensor([8, 16, 24], dtype=torch.int32)
     assert speed.operations(lambda: torch._grouped_mm(a, b, ends)) == 2 * 24 * 16 * 32
+
+
+def test_grouped_products_of_ours_count_as_their_parts_back_too() -> None:
+    a, b = torch.randn(24, 16, requires_grad=True), torch.randn(3, 32, 16, requires_grad=True)
+    ends = torch.tensor([8, 8, 24], dtype=torch.int32)
+    assert speed.operations(lambda: grouped_product(a, b, ends)) == 2 * 24 * 16 * 32
+    assert speed.operations(lambda: grouped_product(a, b, ends).sum().backward()) == 3 * 2 * 24 * 16 * 32
 
 
 def test_trees_keep_their_shape() -> None:

@@ -90,6 +90,12 @@ def test_grouped_products_pass_torchs_gradient_check() -> None:
     torch.library.opcheck(grouped_product, (x, weight, ends))
 
 
+@pytest.mark.parametrize(("widths", "whole"), [((16, 64), True), ((12, 48), False), ((64, 20), False)])
+def test_torchs_grouped_product_gets_only_rows_that_it_bears(widths: tuple[int, int], whole: bool) -> None:
+    """It demands whole pieces of 16 bytes, 8 values of bf16, of both matrices and of both their gradients."""
+    assert moe.whole_rows(*widths) is whole
+
+
 @torch.no_grad()
 def test_weights_are_scores_over_all_experts_unless_renormalised() -> None:
     rows = noise(6, WIDTH)

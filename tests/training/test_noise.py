@@ -126,3 +126,16 @@ def test_timesteps_are_all_drawn_and_lean_where_they_should() -> None:
 def test_noise_prediction_of_pure_noise_is_refused() -> None:
     with pytest.raises(InvalidInput, match="zero terminal SNR"):
         DiffusionConfig(prediction="epsilon")
+
+
+@pytest.mark.parametrize("strength", [-0.1, 1.1, float("nan"), float("inf")])
+def test_a_strength_beyond_all_noise_is_refused(strength: float) -> None:
+    with pytest.raises(InvalidInput, match="strength must be from 0 to 1"):
+        NoiseConfig(strength)
+
+
+@pytest.mark.parametrize("change", [{"shift": 0.0}, {"shift": 1e-9}, {"shift": float("nan")}, {"gamma": 0.0}])
+def test_draws_and_weights_that_cannot_be_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInput) as refused:
+        DiffusionConfig(**change)
+    assert refused.value.param == next(iter(change))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from saccade.backends import Ticket
 from saccade.backends.embedded import Embedded
@@ -23,13 +25,14 @@ from training import evaluate, validation
 from training.backend import TorchBackend
 from training.codecs import CodecConfig, pictures_of, sources_of_targets, targets_of
 from training.config import build
+from training.data import LatentWriter
 from training.graphs import disagreement, write_torchscript
 from training.loading import open_run
 from training.loop import checkpoint
 from training.models.dit import named
 from training.objectives import DiffusionConfig
-from training.stages import adapt, encode, finetune, pretrain, upcycle
-from training.stages.command import main
+from training.stages import adapt, classify, encode, finetune, pretrain, upcycle
+from training.stages.command import main, parser
 from training.stages.exporting import export_run
 from training.stages.perceive import labels_for
 from training.stages.sources import Shares
@@ -249,7 +252,7 @@ def test_latents_that_were_encoded_train_as_the_pictures_do(chain: Chain, tmp_pa
     assert count == 16
     made = {"images": {"kind": "latents", "path": str(tmp_path / "latents")}, "model": NET, "loop": LOOP}
     objective, _ = pretrain.objective(build(pretrain.Config, made))
-    assert (objective.config.classes, objective.config.model.channels) == (2, 16)
+    assert (objective.config.classes, objective.config.model.channels, objective.config.size) == (2, 16, (32, 32))
     rows = objective.batch(0, 0, 1).rows
     assert rows.shape == (4, 16, 4, 4)
     codec = pictures_of(objective.config.codec)
@@ -312,11 +315,175 @@ def test_parts_of_a_step_share_no_rows(chain: Chain) -> None:
         (adapt, {}, "begins with a trained model"),
         (finetune, {"model": {"name": "a9"}}, "a1"),
         (finetune, {"model": {**NET, "patch": 4}}, r"multiples of 32 pixels, not \[32, 48\]"),
+        (finetune, {"sizes": [[0, 0]]}, "sizes must be from 1 to 65536, not 0"),
+        (finetune, {"sizes": [[32, -8]]}, "sizes must be from 1"),
+        (finetune, {"sizes": [[20, 20]]}, r"multiples of 8 pixels, not \[20, 20\]"),
+        (finetune, {"amodal_context": -0.1}, "amodal_context must be at least 0"),
+        (finetune, {"depth_knee": -1}, "depth_knee must be at least 0"),
+        (finetune, {"data": [{"weight": 0}]}, "data.*weight must be above 0, not 0"),
+        (finetune, {"data": [{"real_share": 1.5}]}, "real_share must be from 0 to 1, not 1.5"),
+        (finetune, {"data": [{"threads": 0}]}, "threads must be at least 1"),
+        (upcycle, {"dropout": 2}, "dropout must be from 0 to below 1"),
+        (finetune, {"loop": {"seed": -1}}, "loop: seed must be from 0"),
+        (finetune, {"loop": {"seed": 1e30}}, "loop: seed must be from 0"),
+        (finetune, {"diffusion": {"noise": {"strength": 1.5}}}, "diffusion.noise: strength must be from 0 to 1"),
+        (finetune, {"diffusion": {"shift": 1e-9}}, "diffusion: shift must be from 1e-06"),
     ],
 )
 def test_what_cannot_be_run_says_why(chain: Chain, stage: Any, change: dict[str, Any], told: str) -> None:
     with pytest.raises(InvalidInput, match=told):
         stage.objective(build(stage.Config, chain.tuning(**change)))
+
+
+def class_folders(root: Path, classes: int) -> dict[str, Any]:
+    for number in range(classes):
+        (root / f"n{number}").mkdir(parents=True)
+        picture = np.random.default_rng(number).integers(0, 256, (24, 24, 3), np.uint8)
+        Image.fromarray(picture).save(root / f"n{number}" / "one.png")
+    return {"kind": "folders", "path": str(root)}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"sizes": [[0, 0]]}, "sizes must be from 1"),
+        ({"sizes": [[20, 20]]}, "multiples of 8 pixels"),
+        ({"classes": 2}, "there are 3 classes, the model knows 2"),
+        ({"classes": -1}, "classes must be at least 0"),
+        ({"images": {"broken_share": 2}}, "broken_share must be from 0 to 1"),
+        ({"images": {"threads": 0}}, "threads must be at least 1"),
+    ],
+)
+def test_what_cannot_be_pretrained_says_why(tmp_path: Path, change: dict[str, Any], told: str) -> None:
+    images = class_folders(tmp_path, 3) | change.pop("images", {})
+    with pytest.raises(InvalidInput, match=told):
+        pretrain.objective(build(pretrain.Config, {"images": images, "sizes": [[16, 16]], "model": NET, **change}))
+
+
+def latents(folder: Path, shape: tuple[int, int, int], label: int, **about: Any) -> dict[str, Any]:
+    with LatentWriter(folder, {"codec": asdict(CodecConfig()), **about}) as writer:
+        for _ in range(4):
+            writer.add(np.zeros(shape), label)
+    return {"images": {"kind": "latents", "path": str(folder)}, "model": NET, "loop": LOOP, "classes": 3}
+
+
+def test_latents_of_other_channels_or_classes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="the latents have 4 channels, the model 16"):
+        pretrain.objective(build(pretrain.Config, latents(tmp_path / "4", (4, 4, 4), 0)))
+    with pytest.raises(InvalidInput, match="not whole patches of 2"):
+        pretrain.objective(build(pretrain.Config, latents(tmp_path / "odd", (16, 3, 4), 0)))
+    with pytest.raises(InvalidInput, match="there are 9 classes, the model knows 3"):
+        pretrain.objective(build(pretrain.Config, latents(tmp_path / "9", (16, 4, 4), 0, classes=9)))
+    untold, _ = pretrain.objective(build(pretrain.Config, latents(tmp_path / "3", (16, 4, 4), 3)))
+    with pytest.raises(InvalidInput, match="of class 3, the model knows the classes 0 to 2"):
+        untold.batch(0, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"size": [0, 16]}, "size must be from 1"),
+        ({"size": [20, 16]}, "multiples of 8"),
+        ({"batch": 0}, "batch must be at least 1"),
+        ({"limit": -1}, "limit must be at least 0"),
+    ],
+)
+def test_what_cannot_be_encoded_says_why(chain: Chain, tmp_path: Path, change: dict[str, Any], told: str) -> None:
+    with pytest.raises(InvalidInput, match=told):
+        encode.run(build(encode.Config, encoding(chain, **change)), tmp_path / "latents")
+
+
+def encoding(chain: Chain, **change: Any) -> dict[str, Any]:
+    return {"images": {"kind": "scenes", "path": str(chain.shards)}, "size": [16, 16], **change}
+
+
+def test_encoding_again_what_is_encoded_says_so(
+    chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The deviations are those of the shards, though others would be measured today."""
+    assert encode.run(build(encode.Config, encoding(chain, limit=6)), tmp_path) == 6
+    monkeypatch.setattr(classify, "MEASURED_ROWS", 3)
+    files = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with caplog.at_level("INFO"):
+        assert encode.run(build(encode.Config, encoding(chain, limit=6)), tmp_path) == 6
+    assert "has all 6 latents already" in caplog.text
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == files
+
+
+@pytest.fixture(scope="module")
+def begun(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A run of finetune with new weights, and its configuration."""
+    out, given = tmp_path_factory.mktemp("begun"), chain.tuning(model=NET, sizes=[[32, 32]])
+    finetune.run(build(finetune.Config, given), out)
+    return out, given
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"model": {**NET, "heads": 4}}, "begun with model.heads = 2, not 4"),
+        ({"diffusion": {"prediction": "sample"}}, "begun with diffusion.prediction = v_prediction, not sample"),
+        ({"diffusion": {"schedule": "linear"}}, "begun with diffusion.schedule = cosine, not linear"),
+        ({"tasks": {"depth": 1, "flow": 1}}, "begun with tasks.amodal = 2, not nothing"),
+        ({"depth_knee": 0.5}, "coding.depth"),
+        ({"codec": {"target_std": [2.0] * 26}}, "begun with codec.target_std"),
+    ],
+)
+def test_a_run_does_not_go_on_as_another_model(
+    begun: tuple[Path, dict[str, Any]], change: dict[str, Any], told: str
+) -> None:
+    out, given = begun
+    said = (out / "config.json").read_text()
+    with pytest.raises(InvalidInput, match=told):
+        finetune.run(build(finetune.Config, {**given, **change}), out)
+    assert (out / "config.json").read_text() == said
+
+
+def test_a_run_goes_on_with_other_sizes_steps_and_rates_and_its_own_deviations(
+    begun: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out, given = shutil.copytree(begun[0], tmp_path / "run"), begun[1]
+    before = json.loads((out / "config.json").read_text())["about"]["perception"]
+    loop, diffusion = {**LOOP, "steps": 3, "lr": 1e-3}, {"weighting": "min_snr"}
+    finetune.run(build(finetune.Config, {**given, "sizes": [[48, 32]], "loop": loop, "diffusion": diffusion}), out)
+    after = json.loads((out / "config.json").read_text())["about"]["perception"]
+    assert checkpoint.read(out)[1]["step"] == 3
+    assert (after["codec"], after["size"]) == (before["codec"], [48, 32])
+
+
+def test_pretraining_does_not_go_on_as_another_model(chain: Chain) -> None:
+    given = {"images": {"kind": "scenes", "path": str(chain.shards)}, "sizes": [[48, 32]], "model": NET, "loop": LOOP}
+    made, _ = pretrain.objective(build(pretrain.Config, given), Path(chain.pretrain))
+    assert made.config.codec == open_start(chain.pretrain).config.codec
+    with pytest.raises(InvalidInput, match=r"begun with model\.labels = 3, not 6"):
+        pretrain.run(build(pretrain.Config, {**given, "classes": 5}), Path(chain.pretrain))
+
+
+def test_a_field_of_experts_alone_lies_over_those_of_upcycling(chain: Chain) -> None:
+    config = build(upcycle.Config, chain.tuning(start=chain.finetune, experts={"count": 4}))
+    assert config.experts == replace(upcycle.PLAIN, count=4)
+    told = parser("upcycle").format_help()
+    assert "experts.renormalise (true or false) [default: true]" in told
+    assert "experts.shared (true or false) [default: false]" in told
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--device", "foo"], "a device is cpu, cuda or cuda:N, not 'foo'"),
+        (["--device", "cpu", "--threads", "-3"], "threads must be at least 1"),
+    ],
+)
+@pytest.mark.parametrize("stage", ["finetune", "encode"])
+def test_devices_and_threads_that_are_none_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str, more: list[str], told: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([stage, "-o", str(tmp_path), *more])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert told in said
+    assert said.count("\n") == 1
 
 
 def test_tasks_keep_the_labels_that_they_have() -> None:
@@ -364,6 +531,12 @@ def test_pretraining_goes_on_from_a_start(chain: Chain) -> None:
     assert made.config.codec == started.config.codec
     with pytest.raises(InvalidInput, match="class-conditional"):
         pretrain.objective(build(pretrain.Config, {**given, "start": chain.finetune}))
+
+
+def test_a_start_brings_its_own_network(chain: Chain) -> None:
+    for stage, given in ((finetune, chain.tuning()), (pretrain, {"images": {"path": str(chain.shards)}})):
+        with pytest.raises(InvalidInput, match="drop model, or drop start"):
+            stage.objective(build(stage.Config, {**given, "start": chain.pretrain, "model": NET}))
 
 
 def test_a_model_on_an_autoencoders_latents_is_tuned_and_asked(chain: Chain, tmp_path: Path) -> None:

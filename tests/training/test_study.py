@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -12,9 +13,10 @@ import pytest
 from PIL import Image
 
 from saccade.errors import InvalidInput
+from training import recorded
 from training.data import Batch
 from training.recorded import Recorded, record
-from training.study import classes, command, laws, plan, report
+from training.study import classes, command, laws, plan, plots, report
 
 TOML = """
 about = "A small study"
@@ -105,8 +107,8 @@ def rows(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def test_recorded_samples_are_those_that_were_drawn(data: Path) -> None:
-    recorded, drawn = Recorded(data / "seen"), Noise().batch(0, "flow", 24, (16, 16))
-    found = recorded.at("flow", np.arange(24))
+    seen, drawn = Recorded(data / "seen"), Noise().batch(0, "flow", 24, (16, 16))
+    found = seen.at("flow", np.arange(24))
     np.testing.assert_allclose(found.image, drawn.image, atol=0.5 / 127.5 + 1e-6)
     np.testing.assert_allclose(found.target, drawn.target, atol=1e-3)
     np.testing.assert_array_equal(found.weight, drawn.weight)
@@ -114,8 +116,8 @@ def test_recorded_samples_are_those_that_were_drawn(data: Path) -> None:
 
 
 def test_every_epoch_has_every_sample_once_in_an_order_of_its_own(data: Path) -> None:
-    recorded = Recorded(data / "seen", seed=3)
-    epochs = [recorded.batch(step, "depth", 24, (16, 16)).image for step in range(2)]
+    seen = Recorded(data / "seen", seed=3)
+    epochs = [seen.batch(step, "depth", 24, (16, 16)).image for step in range(2)]
     assert not np.array_equal(*epochs)
     for epoch in epochs:
         assert len({sample.tobytes() for sample in epoch}) == 24
@@ -137,8 +139,29 @@ def test_recording_is_done_once(data: Path) -> None:
 def test_what_was_not_recorded_is_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="recorded at 16x16, not at 32x16"):
         Recorded(data / "seen").batch(0, "depth", 1, (32, 16))
-    with pytest.raises(InvalidInput, match="holds no recorded samples"):
+    with pytest.raises(InvalidInput, match=r"holds no recorded samples: python -m training.recorded SCENES .* --size"):
         Recorded(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("there", "options", "told"),
+    [
+        ("solid", [], "holds no layered shards: python -m training.scenes.make"),
+        ("layered", [], "holds no solid shards"),
+        ("neither", [], "holds no solid and no layered shards"),
+        ("solid", ["--size", "30"], "--size a multiple of 8"),
+    ],
+)
+def test_scenes_that_cannot_be_recorded_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], there: str, options: list[str], told: str
+) -> None:
+    (tmp_path / f"{there}-00000").mkdir()
+    with pytest.raises(SystemExit) as left:
+        recorded.main([str(tmp_path), str(tmp_path / "out"), *options])
+    said = capsys.readouterr().err
+    assert left.value.code == 2
+    assert told in said
+    assert said.count("\n") == 1
 
 
 # ---- class folders
@@ -198,6 +221,34 @@ def test_a_plan_that_cannot_be_is_refused(config: Path, tmp_path: Path, change: 
     broken.write_text(config.read_text().replace(*change))
     with pytest.raises(InvalidInput, match=message):
         plan.runs_of(plan.read(broken))
+
+
+def test_data_that_is_not_there_is_named_with_what_makes_it(config: Path, data: Path) -> None:
+    study = plan.read(config)
+    plan.check_folders(study, plan.runs_of(study))
+    other = plan.read(config, str(data / "other"))
+    with pytest.raises(InvalidInput) as told:
+        plan.check_folders(other, plan.runs_of(other))
+    for name in ("seen", "held"):
+        folder = data / "other" / name
+        assert f"{folder} (python -m training.recorded SCENES {folder} --size 16)" in str(told.value)
+
+
+def test_nothing_is_run_before_all_data_are_there(config: Path, data: Path, tmp_path: Path) -> None:
+    some = tmp_path / "some.toml"
+    later = config.read_text().replace('"held.loop.batch" = 3', '"held.data" = [{ kind = "recorded", path = "gone" }]')
+    some.write_text(later)
+    with pytest.raises(InvalidInput, match="is not there: gone"):
+        command.main(some, tmp_path / "out")
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_the_folder_of_pictures_is_asked_for_too(config: Path, data: Path, tmp_path: Path) -> None:
+    some = tmp_path / "some.toml"
+    some.write_text(config.read_text().replace("[judge]", '[judge]\npictures = "{data}/pictures"'))
+    study = plan.read(some)
+    with pytest.raises(InvalidInput, match=rf"is not there: {data}/pictures \(python -m training.validation"):
+        plan.check_folders(study, plan.runs_of(study))
 
 
 # ---- the runs
@@ -297,6 +348,76 @@ def test_a_law_over_a_dimension_of_numbers() -> None:
     )
 
 
+def test_three_points_are_fitted_without_a_floor() -> None:
+    rows = [{"point": {"samples": str(n)}, "seed": 0, "loss": {"mean": 2 * n**-0.5}} for n in (32, 128, 512)]
+    text = laws.along_markdown(rows, "samples")
+    assert text.startswith("Through the held-out loss L(samples): 2.0000 n^-0.50")
+    assert "No floor was fitted: that takes 4 points" in text
+    law = laws.of([run_of("m", c, c**-0.1, 10) for c in (1e6, 1e7, 1e8)], "budget")
+    assert list(law["laws"]) == ["without a floor"]
+    told = laws.markdown(law)
+    assert "No floor was fitted: that takes 4 points" in told
+    assert "| no repeated seeds |" in told
+
+
+def test_two_points_are_no_law_and_that_is_said() -> None:
+    rows = [{"point": {"samples": n}, "seed": 0, "loss": {"mean": 0.3}} for n in ("32", "128", "compute/two")]
+    assert laws.along_markdown(rows, "samples") == (
+        "No law through the held-out loss L(samples): there are 2 choices that are numbers, and it takes 3."
+    )
+
+
+def test_columns_have_names_of_their_own(rows: dict[str, dict[str, Any]]) -> None:
+    table = report.axis_table([{**rows["compute/one-1e6"], "point": {"samples": "32"}}], ["samples"])
+    head = [name.strip() for name in table.splitlines()[0].strip("|").split("|")]
+    assert len(set(head)) == len(head)
+    assert {"samples", "samples seen"} <= set(head)
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[plots.Figure]:
+    """Every figure that was saved."""
+    saved: list[plots.Figure] = []
+    save = plots.Figure.savefig
+
+    def kept(figure: plots.Figure, *given: Any, **how: Any) -> None:
+        saved.append(figure)
+        save(figure, *given, **how)
+
+    monkeypatch.setattr(plots.Figure, "savefig", kept)
+    return saved
+
+
+def test_one_row_of_a_log_is_seen(rows: dict[str, dict[str, Any]], tmp_path: Path, figures: list[plots.Figure]) -> None:
+    logged = [[[2, 0.5]], [[step, 1 / step] for step in range(1, 9)], []]
+    shown = [{**rows["compute/one-1e6"], "losses": losses} for losses in logged]
+    plots.axis("data", shown, tmp_path / "data.png")
+    one, many, _ = figures[0].axes[0].lines
+    assert one.get_marker() == "o"
+    assert many.get_marker() in ("", "None")
+
+
+@pytest.mark.parametrize("budgets", [(1e6, 1e7, 1e8), (3e8, 5e8, 9e8), (5.5e8, 6e8, 7e8)])
+def test_budgets_are_told_as_spent_and_labels_do_not_collide(
+    tmp_path: Path, figures: list[plots.Figure], budgets: tuple[float, ...]
+) -> None:
+    own = [run_of(model, c, c**-0.1, size) for c in budgets for model, size in (("a", 20_000), ("b", 70_000))]
+    for row in own:
+        row["point"]["budget"] = f"key {row['macs']:.2e}"
+    plots.compute(own, "budget", laws.of(own, "budget"), tmp_path / "compute.png")
+    left, right = figures[0].axes
+    told = [text.get_text() for text in right.get_legend().get_texts()]
+    assert told == [f"{laws.scientific(c)} MACs" for c in budgets]
+    for panel in (left, right):
+        assert not any(text.get_text() for text in panel.get_xticklabels(minor=True))
+        low, high = panel.get_xlim()
+        ticks = zip(panel.get_xticks(), panel.get_xticklabels(), strict=True)
+        labels = [text for place, text in ticks if low <= place <= high and text.get_text()]
+        assert labels
+        boxes = [text.get_window_extent() for text in labels]
+        assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
+
+
 def test_the_command_says_in_one_line_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["study"])
     with pytest.raises(SystemExit, match=r"^saccade: .*missing\.toml cannot be read"):
@@ -306,6 +427,20 @@ def test_the_command_says_in_one_line_what_is_wrong(tmp_path: Path, monkeypatch:
 def test_few_budgets_are_no_law() -> None:
     rows = [run_of("m", 1e6, 1.0, 10), run_of("m", 2e6, 0.9, 10)]
     assert laws.of(rows, "budget")["laws"] == {}
-    assert laws.markdown(laws.of(rows, "budget")) == ""
-    assert report.scientific(3.04e12) == "3.0e12"
+    assert laws.markdown(laws.of(rows, "budget")).startswith("No law of compute yet: there are 2 budgets")
+    assert laws.scientific(3.04e12) == "3.0e12"
     assert (report.millions(331_000), report.millions(70_960)) == ("0.33M", "71.0k")
+
+
+def test_a_result_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command.write(tmp_path / "result.json", {"key": "old"})
+    with monkeypatch.context() as killed:
+        killed.setattr(command.os, "fsync", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            command.write(tmp_path / "result.json", {"key": "new"})
+    assert json.loads((tmp_path / "result.json").read_text()) == {"key": "old"}
+
+
+def test_threads_that_are_none_are_refused(config: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="threads must be at least 1"):
+        command.main(config, tmp_path, threads=0)

@@ -1,7 +1,7 @@
 """See what training would see: `python -m training.data.look FOLDER --kind hypersim [--out sheet.png] [split=val ...]`.
 
-A row for every sample: the picture, its prompt (next frame, visible mask), its coded target made visible, and what of
-it is known, cell by cell. Whatever was skipped on the way is told below.
+Below a row of titles, a row for every sample: the picture, its prompt (next frame, visible mask), its coded target
+made visible, and what of it is known, cell by cell. Whatever was skipped on the way is told below.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from training.data.readers.registry import READERS, open_reader
 from training.data.scenes import Scenes
 
 GAP_PX = 6
+TITLE_PX = 18
+TITLES = ("image", "prompt", "target", "known")
 KINDS = (*READERS, "scenes", "imagenet")
 
 Picture = NDArray[np.uint8]
@@ -42,6 +44,19 @@ def sheet(strips: list[Picture]) -> Picture:
     return np.concatenate([part for strip in strips for part in (gap, strip)][1:])
 
 
+def titles(edge: int) -> Picture:
+    """What the four cells of a row are, each above its own."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(min(14, max(7, edge // 4)))
+    cells = []
+    for title in TITLES:
+        cell = Image.new("RGB", (edge, TITLE_PX), "white")
+        ImageDraw.Draw(cell).text((edge / 2, TITLE_PX / 2), title, "black", font, anchor="mm")
+        cells.append(np.asarray(cell))
+    return _beside(*cells)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Write a sheet and say what was read. Returns 0, or 1 after a line that says why not."""
     parser = argparse.ArgumentParser(prog="python -m training.data.look", description=__doc__)
@@ -59,12 +74,13 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     try:
         strips, told = _seen(given)
+        head = [] if given.kind == "imagenet" else [titles(given.size)]
     except (SaccadeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     from PIL import Image
 
-    Image.fromarray(sheet(strips)).save(given.out)
+    Image.fromarray(sheet([*head, *strips])).save(given.out)
     print("\n".join([*told, f"{len(strips)} samples: {given.out}"]))
     return 0
 

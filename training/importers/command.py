@@ -24,6 +24,9 @@ def run_import(
     torchscript: Path | None = None,
     codec: str | None = None,
     dtr: bool = False,
+    dtr_alpha: float | None = None,
+    dtr_beta: float | None = None,
+    active: int | None = None,
     heads: int | None = None,
     grid: int | None = None,
     schedule: str | None = None,
@@ -49,9 +52,10 @@ def run_import(
     if repository is not None and name is None:
         raise InvalidInput("a servable model needs a name", param="name")
     imported = load(
-        place, kind, codec=codec, dtr=dtr, heads=heads, grid=grid, schedule=schedule, prediction=prediction,
-        zero_terminal_snr=zero_terminal_snr, beta_start=beta_start, beta_end=beta_end, start=start, spacing=spacing,
-        steps=steps, resolution=resolution, licence=licence,
+        place, kind, codec=codec, dtr=dtr, dtr_alpha=dtr_alpha, dtr_beta=dtr_beta, active=active, heads=heads,
+        grid=grid, schedule=schedule, prediction=prediction, zero_terminal_snr=zero_terminal_snr,
+        beta_start=beta_start, beta_end=beta_end, start=start, spacing=spacing, steps=steps, resolution=resolution,
+        licence=licence,
     )  # fmt: skip
     if checkpoint is not None:
         write_checkpoint(imported, checkpoint)

@@ -59,6 +59,7 @@ def config_of(said: dict[str, Any], ours: State, choices: Choices) -> DiTConfig:
         grid=choices.grid or size // patch,
         learn_sigma=shape_of(ours, "final_layer.linear.weight", 2)[0] == 2 * channels * patch**2,
         frequency_shift=1,
+        routing=choices.routing(),
     )
 
 

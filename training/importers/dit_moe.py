@@ -1,7 +1,8 @@
 """DiT-MoE (Fei et al. 2407.11633): Meta's names around experts, gated, with one shared expert of width 2 d.
 
-Weights do not tell how many experts answer (2 in every published model), nor how a model was trained. Those of their
-files that were trained with rectified flow predict what no DDIM step can use: only the epsilon ones can be served.
+Weights do not tell how many experts answer (2 in every published model, unless told), nor how a model was trained.
+Those of their files that were trained with rectified flow predict what no DDIM step can use: only the epsilon ones can
+be served.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ SUMMARY = "A class-conditional diffusion transformer with a mixture of experts, 
 def load(place: Path, choices: Choices) -> Imported:
     """Raises ModelError for what is not such a file, InvalidInput where heads must be told."""
     state = read_state(place)
-    config = config_of(state, choices, experts_of(state))
+    config = config_of(state, choices, experts_of(state, choices.active))
     noise = choices.noise(schedule="linear", prediction="epsilon")
     return generator("dit-moe", config, keys.to_ours("dit-moe", state), noise, choices, SUMMARY)
 
 
-def experts_of(state: State) -> Experts:
-    """Raises ModelError for experts of another shape than the paper's."""
+def experts_of(state: State, active: int | None = None) -> Experts:
+    """Raises ModelError for experts of another shape than the paper's, InvalidInput for more active than there are."""
     count, width = shape_of(state, GATE, 2)
     hidden = shape_of(state, "blocks.0.moe.experts.0.gate_proj.weight", 2)[0]
     shared = shape_of(state, SHARED, 2)[0] if SHARED in state else None
     if hidden != 4 * width or shared not in (None, 2 * width):
         raise ModelError(f"experts of width {hidden}, a shared one of {shared}: DiT-MoE's are 4 and 2 times {width}")
-    return Experts(count, min(ACTIVE, count), shared=shared is not None, gated=True)
+    return Experts(count, active or min(ACTIVE, count), shared=shared is not None, gated=True)

@@ -68,7 +68,8 @@ def config_of(state: State, choices: Choices) -> DiTConfig:
         learn_sigma=learn_sigma,
         inputs=inputs,
         first_label=FIRST_LABEL,
-        experts=Experts(count, min(ACTIVE, count), shared=False, gated=False),
+        experts=Experts(count, choices.active or min(ACTIVE, count), shared=False, gated=False),
+        routing=choices.routing(),
     )
 
 

@@ -14,6 +14,7 @@ from training.codecs import CodecConfig
 from training.importers.autoencoders import Autoencoder, Scaled, open_autoencoder
 from training.importers.reading import State, locate
 from training.models.dit import DiT, DiTConfig
+from training.models.routing import Routing
 from training.objectives import DiffusionConfig
 from training.perception import CONDITION, Conditioner, Denoiser, PerceptionConfig, load_weights
 from training.servable import Servable, Spec
@@ -25,13 +26,17 @@ UNKNOWN_LICENCE = "unknown: see where the weights come from"
 class Choices:
     """What files do not tell, or tell wrongly; None believes them.
 
-    `dtr`: the transformer was trained with task routing (DTR), of which weights show nothing. `codec`: folder or hub
-    name of the autoencoder, for sources without one. `heads`, `grid` (tokens per edge of training): of a transformer.
+    `dtr`: the transformer was trained with task routing (DTR), for files without its tables; `dtr_alpha`, `dtr_beta`
+    say so too, and with which window. `active`: how many experts see a token. `codec`: folder or hub name of the
+    autoencoder, for sources without one. `heads`, `grid` (tokens per edge of training): of a transformer.
     `schedule` .. `start`: of the card's `noise`. `spacing`, `steps`, `resolution`: what callers get who ask for
-    nothing. `licence`: of the weights.
+    nothing. `licence`: of the weights. Raises InvalidInput for counts that cannot be.
     """
 
     dtr: bool = False
+    dtr_alpha: float | None = None
+    dtr_beta: float | None = None
+    active: int | None = None
     codec: str | None = None
     heads: int | None = None
     grid: int | None = None
@@ -45,6 +50,24 @@ class Choices:
     steps: int | None = None
     resolution: int | None = None
     licence: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("active", 1), ("heads", 1), ("grid", 1), ("steps", 1), ("resolution", 0)):
+            told = getattr(self, name)
+            if told is not None and told < least:
+                raise InvalidInput(f"{name} must be at least {least}, not {told}", param=name)
+
+    def routing(self) -> Routing | None:
+        """As told. Raises InvalidInput for a window that cannot be."""
+        told = {"alpha": self.dtr_alpha, "beta": self.dtr_beta}
+        given = {name: value for name, value in told.items() if value is not None}
+        return Routing(**given) if self.dtr or given else None
+
+    def refuse(self, what: str, *names: str) -> None:
+        """Raises InvalidInput where one of these was told: `what` has no use for it."""
+        for name in names:
+            if getattr(self, name) not in (None, False):
+                raise InvalidInput(f"{what} has no use for {name}", param=name)
 
     def noise(self, **found: Any) -> Noise:
         """The card's, of what a source says and what was told by hand. Raises InvalidInput for what cannot be."""
@@ -150,7 +173,15 @@ class ClassDenoiser(nn.Module):
 def generator(
     kind: str, config: DiTConfig, state: State, noise: Noise, choices: Choices, summary: str, beside: Path | None = None
 ) -> Imported:
-    """A class-conditional transformer: it has no task; its graphs can be asked raw, and stages can start from it."""
+    """A class-conditional transformer: it has no task; its graphs can be asked raw, and stages can start from it.
+
+    Raises InvalidInput for options that it has no use for, and for routing where the schedule has not 1000 timesteps.
+    """
+    choices.refuse("a generator, which has no tasks,", "spacing", "steps", "resolution")
+    if config.experts is None:
+        choices.refuse("a transformer without experts", "active")
+    if config.routing is not None and noise.timesteps != 1000:
+        raise InvalidInput(f"task routing is of 1000 timesteps, not of {noise.timesteps}", param="dtr")
     dit = filled(config, state)
     autoencoder = autoencoder_of(choices, beside)
     servable = None

@@ -44,6 +44,8 @@ OUTSIDE = (
     Rule(rf"blocks\.{_N}\.(attn\.(qkv|proj)|adaLN_modulation\.1)\.{_VALUES}"),
     Rule(rf"final_layer\.(linear|adaLN_modulation\.1)\.{_VALUES}"),
 )
+ROUTING_TABLE = Rule(rf"blocks\.{_N}\.routing\._unit_mapping", join="drop")
+"""DTR's masks, the same in every block; `meta_dit.routing_of` reads them."""
 ONE_INPUT = Rule(rf"x_embedder\.proj\.{_VALUES}")
 DENSE = Rule(rf"blocks\.{_N}\.mlp\.fc[12]\.{_VALUES}")
 _EXPERT = r"(?P<block>blocks\.\d{1,4}\.moe\.experts)\.(?P<place>\d{1,4})"
@@ -51,7 +53,7 @@ _BLOCK = r"transformer_blocks\.(?P<block>\d{1,4})"
 _COPY = r"transformer_blocks\.(?P<place>\d{1,4})\.norm1\.emb"
 
 RULES: dict[Kind, tuple[Rule, ...]] = {
-    "meta-dit": (POSITIONS, ONE_INPUT, *OUTSIDE, DENSE),
+    "meta-dit": (POSITIONS, ROUTING_TABLE, ONE_INPUT, *OUTSIDE, DENSE),
     "dit-moe": (
         POSITIONS,
         ONE_INPUT,

@@ -40,7 +40,8 @@ UNUSED = (
 
 
 def load(place: Path, choices: Choices) -> Imported:
-    """Raises ModelError for what is not such a folder, or not of depth."""
+    """Raises ModelError for what is not such a folder, or not of depth, InvalidInput for a transformer's options."""
+    choices.refuse("a U-Net", "dtr", "dtr_alpha", "dtr_beta", "active", "heads", "grid")
     index = read_json(place / "model_index.json") if (place / "model_index.json").is_file() else {}
     check_index(index)
     autoencoder = autoencoder_of(choices, place / "vae")

@@ -143,12 +143,14 @@ def load(folder: Path, parts: Parts, world: World = ALONE) -> dict[str, Any]:
 
 
 def prune(run: Path, keep: int) -> None:
-    """Drop all complete checkpoints but the newest `keep`, and what was never finished."""
+    """Drop all complete checkpoints but the newest `keep`, and what was never finished or half dropped."""
     for folder in all_of(run)[:-keep]:
         (folder / STATE).unlink(missing_ok=True)  # from here on it is not a checkpoint
         shutil.rmtree(folder, ignore_errors=True)
-    for left in (run / "checkpoints").glob("step-*.part"):
-        shutil.rmtree(left, ignore_errors=True)
+    for left in (run / "checkpoints").glob("step-*"):
+        dropped = _NAME.fullmatch(left.name) and not (left / STATE).exists()  # a prune that was killed
+        if left.suffix == ".part" or dropped:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def check(folder: Path, world: World = ALONE) -> dict[str, Any]:

@@ -3,48 +3,43 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from saccade.errors import InvalidInput
+from training.config import BELOW_ONE, COUNT, NOT_NEGATIVE, Range, explained, within
 
-
-def _explained(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+SEED = Range(0, 2**63, below=True)
 
 
 @dataclass(frozen=True)
 class LoopConfig:
     """Steps, optimiser, precision, checkpoints. Raises InvalidInput for what no run can use."""
 
-    steps: int = _explained(1000, "optimizer steps of the whole run")
-    batch: int = _explained(64, "rows of one optimizer step, over all processes")
-    accumulate: int = _explained(1, "parts that a process makes of its rows, one after another")
-    lr: float = _explained(1e-4, "learning rate after the warm-up")
-    lr_end: float = _explained(0.0, "learning rate at the end (with decay cosine or exponential)")
-    decay: Literal["cosine", "exponential", "constant"] = _explained("constant", "how the learning rate falls")
-    warmup: int = _explained(0, "steps over which the learning rate rises from nothing")
-    weight_decay: float = _explained(0.0, "AdamW's, on what has two dimensions or more")
-    betas: tuple[float, float] = _explained((0.9, 0.999), "AdamW's")
-    clip: float = _explained(1.0, "the gradient's greatest length (0: any)")
-    ema: float = _explained(0.9999, "of the averaged weights; lower at the start: (step + 1) / (step + 10)")
-    seed: int = _explained(0, "of everything random in a step")
-    bf16: bool = _explained(False, "forward in bfloat16 where that is safe; weights stay float32")
-    compile: bool = _explained(False, "torch.compile, block by block")
-    checkpoint_activations: bool = _explained(False, "recompute the blocks in the backward: less memory, slower")
-    checkpoint_s: float = _explained(300.0, "seconds between checkpoints")
-    keep: int = _explained(2, "checkpoints that stay")
-    log_every: int = _explained(20, "steps between rows of the log")
+    steps: int = explained("optimizer steps of the whole run", 1000)
+    batch: int = explained("rows of one optimizer step, over all processes", 64)
+    accumulate: int = explained("parts that a process makes of its rows, one after another", 1)
+    lr: float = explained("learning rate after the warm-up", 1e-4)
+    lr_end: float = explained("learning rate at the end (with decay cosine or exponential)", 0.0)
+    decay: Literal["cosine", "exponential", "constant"] = explained("how the learning rate falls", "constant")
+    warmup: int = explained("steps over which the learning rate rises from nothing", 0)
+    weight_decay: float = explained("AdamW's, on what has two dimensions or more", 0.0)
+    betas: tuple[float, float] = explained("AdamW's", (0.9, 0.999))
+    clip: float = explained("the gradient's greatest length (0: any)", 1.0)
+    ema: float = explained("of the averaged weights; lower at the start: (step + 1) / (step + 10)", 0.9999)
+    seed: int = explained("of everything random in a step", 0)
+    bf16: bool = explained("forward in bfloat16 where that is safe; weights stay float32", False)
+    compile: bool = explained("torch.compile, block by block", False)
+    checkpoint_activations: bool = explained("recompute the blocks in the backward: less memory, slower", False)
+    checkpoint_s: float = explained("seconds between checkpoints", 300.0)
+    keep: int = explained("checkpoints that stay", 2)
+    log_every: int = explained("steps between rows of the log", 20)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate", "keep", "log_every"):
-            if getattr(self, name) < 1:
-                raise InvalidInput(f"{name} must be at least 1, not {getattr(self, name)}", param=name)
-        for name in ("lr", "lr_end", "warmup", "weight_decay", "clip", "checkpoint_s"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InvalidInput(f"{name} must be a number from 0, not {getattr(self, name)}", param=name)
-        if not 0 <= self.ema < 1:
-            raise InvalidInput(f"ema must be from 0 to below 1, not {self.ema}", param="ema")
+        within(self, COUNT, "steps", "batch", "accumulate", "keep", "log_every")
+        within(self, NOT_NEGATIVE, "lr", "lr_end", "warmup", "weight_decay", "clip", "checkpoint_s")
+        within(self, BELOW_ONE, "ema", "betas")
+        within(self, SEED, "seed")
         if self.decay not in ("cosine", "exponential", "constant"):
             raise InvalidInput(f"decay is cosine, exponential or constant, not {self.decay!r}", param="decay")
         if self.decay == "exponential" and not (self.lr_end > 0 and self.lr > 0):

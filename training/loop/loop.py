@@ -27,7 +27,7 @@ from training.loop.objective import Objective
 from training.loop.optimiser import Average, Optimiser
 from training.loop.report import Report
 from training.loop.sharding import prepare
-from training.loop.world import World
+from training.loop.world import World, alone_in
 
 log = logging.getLogger(__name__)
 SHAPES = 32  # kinds of batches whose operations are counted
@@ -108,17 +108,28 @@ class Loop:
         """
         end = self.config.steps if until is None else min(until, self.config.steps)
         if self.step < end:
-            self.report.open(self.out, self.stage, self.step, self.samples, self.seconds)
-            try:
-                with self._listening():
-                    self._steps(end)
-            finally:
-                self.report.close()
+            with alone_in(self.out, self.world):
+                self._tell_what_begins()
+                self.report.open(self.out, self.stage, self.step, self.samples, self.seconds)
+                try:
+                    with self._listening():
+                        self._steps(end)
+                finally:
+                    self.report.close()
+        elif self.saved == self.config.steps:
+            log.info("%s: all %d steps are done; more loop.steps go on", self.stage, self.config.steps)
         if self.saved != self.step:
             self._save_last()
         if self.stopping:
             raise SystemExit(128 + signal.SIGTERM)
         return Progress(self.step, self.samples, self.seconds, self.loss)
+
+    def _tell_what_begins(self) -> None:
+        if self.world.first:
+            count = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
+            where = f"{self.world.size} x {self.world.device}"
+            told = "%s: %.2f M parameters on %s, step %d of %d, in %s"
+            log.info(told, self.stage, count, where, self.step, self.config.steps, self.out)
 
     def _steps(self, end: int) -> None:
         saved, stop = time.monotonic(), False

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import fcntl
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import IO, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +18,7 @@ import torch.distributed as dist
 from saccade.errors import InvalidInput, ModelError
 
 T = TypeVar("T")
+DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
 
 
 @dataclass(frozen=True)
@@ -30,10 +35,8 @@ class World:
 
         Raises InvalidInput for a device that is not here."""
         size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-        kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        kind = device_of(device)
         if kind.type == "cuda":
-            if not torch.cuda.is_available():
-                raise InvalidInput("there is no CUDA device here", param="device")
             if kind.index is None or size > 1:
                 kind = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(kind)
@@ -90,6 +93,19 @@ class World:
         return all_work[self.rank :: self.size]
 
 
+def device_of(name: str | None) -> torch.device:
+    """cpu, cuda or cuda:1 (None: CUDA where it is). Raises InvalidInput for what is no such device, or is not here."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not DEVICE.fullmatch(name):
+        raise InvalidInput(f"a device is cpu, cuda or cuda:N, not {name!r}", param="device")
+    kind = torch.device(name)
+    if kind.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidInput("there is no CUDA device here", param="device")
+    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
+        raise InvalidInput(f"there is no {name} here, only {torch.cuda.device_count()}", param="device")
+    return kind
+
+
 def _meet(backend: str) -> None:
     """Join the other processes, until this one ends."""
     try:
@@ -102,3 +118,18 @@ def _meet(backend: str) -> None:
             )
         raise
     atexit.register(dist.destroy_process_group)
+
+
+@contextmanager
+def alone_in(folder: Path, world: World) -> Iterator[None]:
+    """Nobody else trains in `folder` meanwhile. Raises ModelError, on all processes, where somebody does."""
+    with (folder / "lock").open("w") if world.first else nullcontext() as lock:
+        world.agree(lambda: None if lock is None else _lock(lock, folder))
+        yield
+
+
+def _lock(file: IO[str], folder: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process ends
+    except BlockingIOError:
+        raise ModelError(f"another process trains in {folder}: wait for its end, or choose another folder") from None

@@ -56,9 +56,10 @@ class Affiner(nn.Linear):
         rows = x.reshape(x.shape[0], -1, x.shape[-1])
         branch = F.relu(rows @ self.down[task].transpose(1, 2)) @ self.up[task].transpose(1, 2)
         out = F.linear(rows, self.weight)
-        scale, shift = (values[task][:, None].to(out.dtype) for values in (self.scale, self.shift))
-        out = out * (1 + scale) + (self.bias.to(out.dtype) + shift) + self.factor * branch
-        return out.reshape(*x.shape[:-1], out.shape[-1])
+        scale, shift = (values[task][:, None].float() for values in (self.scale, self.shift))
+        # In fp32: 1 + scale in bf16 would know no scale between 0 and 1/128.
+        summed = out * (1 + scale) + (self.bias.float() + shift) + self.factor * branch
+        return summed.to(out.dtype).reshape(*x.shape[:-1], out.shape[-1])
 
 
 def linear(inputs: int, outputs: int, name: str, adapters: Adapters | None) -> nn.Linear:
@@ -75,7 +76,7 @@ def apply(layer: nn.Linear, x: Tensor, task: Tensor | None) -> Tensor:
 
 def freeze_base(model: nn.Module) -> list[str]:
     """Leave only what is a task's own to be trained, and return its names: the adapters, the tasks' label offsets, and
-    the input convolutions where every task has its own."""
+    the input convolutions where there are several."""
     own = tuple(name for name in own_parameters(model))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in own)
@@ -83,7 +84,7 @@ def freeze_base(model: nn.Module) -> list[str]:
 
 
 def own_parameters(model: nn.Module) -> list[str]:
-    """Names of the parameters that belong to single tasks."""
+    """Names of the parameters that belong to single tasks. Input convolutions may be more than the adapters' tasks."""
     config = model.config
     if config.adapters is None:
         raise InvalidInput(
@@ -93,6 +94,6 @@ def own_parameters(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         if isinstance(module, Affiner):
             found += [f"{name}.{part}" for part in ("scale", "shift", "down", "up")]
-    if config.inputs == config.adapters.tasks:
+    if config.inputs > 1:
         found += [name for name, _ in model.named_parameters() if name.startswith("x_embedder.")]
     return found

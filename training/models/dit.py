@@ -28,6 +28,7 @@ from training.models.embed import (
     sincos_positions,
     unpatchify,
 )
+from training.models.mlp import Mlp
 from training.models.moe import Experts, MoE, exporting
 from training.models.routing import Routing, channel_masks
 from training.models.start import start_as_published
@@ -141,19 +142,6 @@ def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def short_on_cpu(q: Tensor) -> bool:
     """Where torch's fused attention costs two to three times the plain one: bf16 on a CPU, up to 512 tokens."""
     return q.device.type == "cpu" and q.dtype is torch.bfloat16 and q.shape[-2] <= 512
-
-
-class Mlp(nn.Module):
-    """fc2(gelu(fc1 x)) on [B, N, D]."""
-
-    def __init__(self, width: int, ratio: float = 4.0, adapters: Adapters | None = None) -> None:
-        super().__init__()
-        hidden = int(width * ratio)
-        self.fc1 = linear(width, hidden, "fc1", adapters)
-        self.fc2 = linear(hidden, width, "fc2", adapters)
-
-    def forward(self, x: Tensor, task: Tensor | None = None) -> Tensor:
-        return affiner.apply(self.fc2, F.gelu(affiner.apply(self.fc1, x, task), approximate="tanh"), task)
 
 
 class DiTBlock(nn.Module):

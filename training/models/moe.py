@@ -13,10 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 from saccade.errors import InvalidInput
 from training.config import explained
 from training.models.embed import full_precision
+from training.models.mlp import GatedMlp, Mlp
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Groups(NamedTuple):
 @torch.library.custom_op("saccade::grouped_product", mutates_args=())
 def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """x [M, in] in groups, weight [E, out, in] -> [M, out]. For what torch's grouped product does not compile or bear:
-    other types than bf16, and the CPU, where slice by slice is as fast."""
+    other types than bf16, rows that are no whole pieces of 16 bytes, and the CPU, where slice by slice is as fast."""
     out = x.new_empty(len(x), weight.shape[1])
     for rows, into, matrix in zip(slices(x, ends), slices(out, ends), weight, strict=True):
         torch.mm(rows, matrix.T, out=into)
@@ -76,6 +78,21 @@ def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 @grouped_product_gradient.register_fake
 def _(gradient: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(ends.shape[0], gradient.shape[1], x.shape[1])
+
+
+@register_flop_formula(torch.ops.saccade.grouped_product)
+def _(x: tuple[int, int], weight: tuple[int, int, int], *_: object, **__: object) -> int:
+    return 2 * x[0] * weight[1] * weight[2]
+
+
+@register_flop_formula(torch.ops.saccade.grouped_product_gradient)
+def _(gradient: tuple[int, int], x: tuple[int, int], *_: object, **__: object) -> int:
+    return 2 * x[0] * gradient[1] * x[1]
+
+
+def whole_rows(*widths: int) -> bool:
+    """Whether rows of so many bf16 values are whole pieces of 16 bytes, which torch's grouped product demands."""
+    return all(width % 8 == 0 for width in widths)
 
 
 def _remember(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -108,7 +125,7 @@ class Stack(nn.Module):
             return F.linear(x, self.weight[of], None if self.bias is None else self.bias[of])
         kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         x, weight = x.to(kind), self.weight.to(kind)
-        if x.is_cuda and kind is torch.bfloat16:
+        if x.is_cuda and kind is torch.bfloat16 and whole_rows(x.shape[1], weight.shape[1]):
             out = F.grouped_mm(x, weight.transpose(1, 2), offs=of.ends)
         else:
             out = grouped_product(x, weight, of.ends)
@@ -138,31 +155,6 @@ class PlainExperts(nn.Module):
 
     def forward(self, x: Tensor, of: int | Groups) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x, of), approximate="tanh"), of)
-
-
-class GatedMlp(nn.Module):
-    """down(silu(gate x) * up x), no biases."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(width, hidden, bias=False)
-        self.up_proj = nn.Linear(width, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Mlp(nn.Module):
-    """fc2(gelu(fc1 x))."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 class MoE(nn.Module):

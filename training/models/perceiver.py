@@ -24,8 +24,9 @@ from saccade.schedule import NoiseSchedule
 from saccade.tasks import FlowCoding
 from training.models.codec import DCTCodec
 from training.models.correspond import Correspondence, correspond, resized, warp
-from training.models.dit import Attention, DiTBlock, FinalLayer, Mlp
+from training.models.dit import Attention, DiTBlock, FinalLayer
 from training.models.embed import LabelEmbedder, RoutedPatchEmbed, TimestepEmbedder, sincos_positions, unpatchify
+from training.models.mlp import Mlp
 
 TASKS = ("depth", "flow", "amodal")
 POSITION_SPAN = 16.0

@@ -14,12 +14,13 @@ import torch
 
 from saccade.errors import InvalidInput
 from training.config import explained
-from training.loop import Loop, Progress
+from training.loop import Progress
 from training.models.affiner import Adapters, freeze_base
 from training.models.growth import adapt
 from training.perception import TASKS, Perception, load_weights, network
 from training.stages.finetune import prepared
 from training.stages.perceive import Perceiving, TuningConfig, measured, placed, source_of
+from training.stages.resumed import codec_of, train
 from training.stages.started import PerceptionConfig, Started, open_start, said_of
 
 STAGE = "adapt"
@@ -30,6 +31,7 @@ LAYERS = Adapters(tasks=1).layers
 class Config(TuningConfig):
     """`saccade adapt`."""
 
+    start: str = explained("run (or imported checkpoint) that it begins with; it has to be given", "")
     rank: int = explained("of the branch U relu(D x) of every adapter", 8)
     scale: float = explained("factor of that branch", 1.0)
     layers: tuple[str, ...] = explained(
@@ -41,19 +43,21 @@ class Config(TuningConfig):
 
 def run(config: Config, out: Path, device: str | None = None) -> Progress:
     """Train to the end, or go on with what lies in `out`. Raises InvalidInput, ModelError."""
-    made, started = objective(config)
-    about = said_of(made.perception.config, config, started.lineage, [d.path for d in config.data])
-    return Loop(made, config.loop, out, STAGE, about, device=device).run()
+    made, started = objective(config, out)
+    known = made.perception.config
+    about = said_of(known, config, started.lineage, [d.path for d in config.data])
+    return train(made, config.loop, out, STAGE, known, about, device)
 
 
-def objective(config: Config) -> tuple[Perceiving, Started]:
-    """The objective with its model, frozen but for what is a task's own, and what it began with."""
+def objective(config: Config, out: Path | None = None) -> tuple[Perceiving, Started]:
+    """The objective with its model, frozen but for what is a task's own, and what it began with; in `out` may lie a
+    run that goes on."""
     if not config.start:
         raise InvalidInput("adapting begins with a trained model: start = RUN", param="start")
     torch.manual_seed(config.loop.seed)
     started = open_start(config.start, config.start_weights)
     source = source_of(config)
-    codec = measured(config.codec or started.config.codec, source, config)
+    codec = measured(codec_of(config.codec or started.config.codec, out), source, config)
     routed = not isinstance(started.config, PerceptionConfig)  # a frozen input has no room for a condition
     state, base = prepared(started, codec, routed)
     furthest = max(started.labels.values(), default=0) - base.first_label

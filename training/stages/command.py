@@ -15,6 +15,7 @@ import torch
 
 from saccade.errors import InvalidInput, SaccadeError
 from training.config import help_of, load
+from training.loop.world import device_of
 from training.stages import STAGES
 
 BAD_INPUT, FAILED = 2, 1
@@ -27,6 +28,9 @@ def stage_of(name: str) -> Any:
 
 def start(name: str, config: Path | None, out: Path, overrides: Sequence[str], device: str | None, threads: int) -> Any:
     """Run a stage, with what it says of its progress on standard error. Raises what the stage raises."""
+    device_of(device)
+    if threads < 0:
+        raise InvalidInput(f"threads must be at least 1 (0: every core), not {threads}", param="threads")
     stage = stage_of(name)
     chosen = load(stage.Config, config, overrides)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")

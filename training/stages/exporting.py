@@ -1,4 +1,4 @@
-"""A run to a model repository: what `saccade export` and `python -m training.export` do."""
+"""A run to a model repository: what `saccade export` does."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def export_run(
     which: Which = "average",
     step: int | None = None,
     torchscript: Path | None = None,
+    licence: str | None = None,
 ) -> Card:
     """The run's model in the repository, under `name`, that of the facts, or the run's folder's.
 
@@ -28,6 +29,8 @@ def export_run(
     servable, found = open_run(run, which, step)
     said = merged(found, {} if facts is None else read(facts), name)
     said.setdefault("name", model_name(run))
+    if licence is not None:
+        said["licence"] = licence
     if "tasks" not in said:
         raise InvalidInput("a run of the default model needs facts of its tasks: --facts FACTS.json", param="facts")
     return export(servable, said, repository, torchscript=torchscript)

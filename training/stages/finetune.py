@@ -14,13 +14,14 @@ import torch
 from saccade.errors import InvalidInput
 from training.codecs import CodecConfig, pictures_of, sources_of_targets, targets_of
 from training.config import explained
-from training.loop import Loop, Progress
+from training.loop import Progress
 from training.models.dit import DiTConfig
 from training.models.growth import widen_input
 from training.objectives import DiffusionConfig
 from training.perception import TASKS, Perception, PerceptionConfig, load_weights, network
-from training.stages.network import ModelConfig
+from training.stages.network import ModelConfig, own_network
 from training.stages.perceive import Perceiving, TuningConfig, measured, placed, source_of
+from training.stages.resumed import codec_of, train
 from training.stages.started import Started, open_start, said_of
 
 STAGE = "finetune"
@@ -31,26 +32,29 @@ class Config(TuningConfig):
     """`saccade finetune`."""
 
     model: ModelConfig = explained("without a start: the network", factory=ModelConfig)
-    routed: bool = explained("an input convolution for each task (PatchEmbedRouter)", False)
+    routed: bool = explained(
+        "an input convolution for each task (PatchEmbedRouter); a start that has them keeps them", False
+    )
 
 
 def run(config: Config, out: Path, device: str | None = None) -> Progress:
     """Train to the end, or go on with what lies in `out`. Raises InvalidInput, ModelError."""
-    made, started = objective(config)
-    about = said_of(made.perception.config, config, started.lineage if started else (), [d.path for d in config.data])
-    return Loop(made, config.loop, out, STAGE, about, device=device).run()
+    made, started = objective(config, out)
+    known, lineage = made.perception.config, started.lineage if started else ()
+    about = said_of(known, config, lineage, [d.path for d in config.data])
+    return train(made, config.loop, out, STAGE, known, about, device)
 
 
-def objective(config: Config) -> tuple[Perceiving, Started | None]:
-    """The objective with its model, and what it began with."""
+def objective(config: Config, out: Path | None = None) -> tuple[Perceiving, Started | None]:
+    """The objective with its model, and what it began with; in `out` may lie a run that goes on."""
     torch.manual_seed(config.loop.seed)
     source = source_of(config)
-    if not config.start:
-        return Perceiving(begun(config, measured(config.codec or CodecConfig(), source, config)), source, config), None
-    started = open_start(config.start, config.start_weights)
-    return Perceiving(
-        grown(config, started, measured(config.codec or started.config.codec, source, config)), source, config
-    ), started
+    started = open_start(config.start, config.start_weights) if config.start else None
+    own_network(config.model, started)
+    asked = config.codec or (started.config.codec if started else CodecConfig())
+    codec = measured(codec_of(asked, out), source, config)
+    made = grown(config, started, codec) if started else begun(config, codec)
+    return Perceiving(made, source, config), started
 
 
 def begun(config: Config, codec: CodecConfig) -> Perception:

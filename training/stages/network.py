@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+from saccade.errors import InvalidInput
 from training.config import explained
 from training.models.dit import DiTConfig, named
 from training.models.moe import Experts
@@ -28,3 +29,9 @@ class ModelConfig:
         """The network's configuration, with what the stage knows. Raises InvalidInput."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name"}
         return named(self.name, **{k: v for k, v in own.items() if v is not None}, **more)
+
+
+def own_network(model: ModelConfig, started: object | None) -> None:
+    """Raises InvalidInput where a network is described and the start brings its own."""
+    if started is not None and model != ModelConfig():
+        raise InvalidInput("with a start the network is the start's: drop model, or drop start", param="model")

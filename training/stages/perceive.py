@@ -13,7 +13,7 @@ from torch import Tensor
 from saccade.errors import InvalidInput
 from saccade.tasks import AmodalCoding, DepthCoding
 from training.codecs import CodecConfig, deviations, pictures_of, targets_of
-from training.config import explained
+from training.config import EDGE, NOT_NEGATIVE, explained, within
 from training.data import Source
 from training.loop import LoopConfig, Objective
 from training.models.dit import DiT, DiTConfig
@@ -54,6 +54,8 @@ class TuningConfig:
         Shares(self.tasks, 0)
         if not self.sizes:
             raise InvalidInput("sizes must have one size at least", param="sizes")
+        within(self, EDGE, "sizes")
+        within(self, NOT_NEGATIVE, "detail", "depth_knee", "amodal_context")
         if self.start_weights not in ("average", "model"):
             raise InvalidInput("start_weights is average or model", param="start_weights")
 
@@ -154,6 +156,7 @@ def measured(codec: CodecConfig, source: Source, config: TuningConfig) -> CodecC
     """The codec with the deviations of its latents, of what the source gives, where it has none yet."""
     if codec.kind != "dct" or (codec.picture_std and codec.target_std):
         return codec
+    check_sizes(config.sizes, targets_of(CodecConfig(codec.kind)).stride)
     size = config.sizes[0]
     batches = [source.batch(0, task, MEASURED_ROWS, size, first=0) for task in config.tasks]
     plain = CodecConfig(codec.kind)

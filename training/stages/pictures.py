@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saccade.errors import InvalidInput
-from training.config import explained
+from training.config import COUNT, SHARE, explained, within
 from training.data.images import middle
 
 Pictures = NDArray[np.float32]
@@ -30,6 +30,10 @@ class ImagesConfig:
     mirror: bool = explained("every other picture mirrored (not with latents)", True)
     broken_share: float = explained("share of the files that may be missing or broken before the run stops", 0.01)
     threads: int = explained("for folders: threads that read and decode; batches come out the same", 1)
+
+    def __post_init__(self) -> None:
+        within(self, SHARE, "broken_share")
+        within(self, COUNT, "threads")
 
 
 class ClassSource(Protocol):

@@ -11,7 +11,7 @@ import numpy as np
 
 from saccade.errors import InvalidInput
 from saccade.tasks import AmodalCoding, DepthCoding
-from training.config import explained
+from training.config import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, explained, within
 from training.data import READERS, Folders, Mixture, Scenes, Source, open_reader
 from training.perception import TASKS
 
@@ -36,6 +36,12 @@ class DataConfig:
     real: tuple[str, ...] = explained("for scenes: folders of NAME.jpg + NAME_depth_mm.png", ())
     real_share: float = explained("for scenes: how many of the depth samples are drawn from those", 0.1)
     in_front: float = explained("for scenes: share of depth samples into which a cut-out is put", 0.25)
+
+    def __post_init__(self) -> None:
+        within(self, POSITIVE, "weight")
+        within(self, SHARE, "broken_share", "real_share", "in_front")
+        within(self, COUNT, "threads")
+        within(self, NOT_NEGATIVE, "limit")
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from saccade.errors import InvalidInput
-from training.config import explained
-from training.loop import Loop, Progress
+from training.config import BELOW_ONE, explained, within
+from training.loop import Progress
 from training.models.growth import upcycle
 from training.models.moe import Experts
 from training.perception import Perception, load_weights, network
@@ -21,6 +21,7 @@ from training.stages.classify import Picturing
 from training.stages.perceive import Perceiving, TuningConfig, measured, placed, source_of
 from training.stages.pictures import ImagesConfig
 from training.stages.pretrain import open_images
+from training.stages.resumed import codec_of, train
 from training.stages.started import ClassesConfig, Started, open_start, said_of
 
 STAGE = "upcycle"
@@ -31,21 +32,27 @@ PLAIN = Experts(count=8, active=2, shared=False, gated=False, renormalise=True)
 class Config(TuningConfig):
     """`saccade upcycle`."""
 
+    start: str = explained("run (or imported checkpoint) that it begins with; it has to be given", "")
     experts: Experts = explained("", factory=lambda: PLAIN)
     images: ImagesConfig | None = explained("for a start of pretrain: its pictures", None)
     dropout: float = explained("for a start of pretrain: share of the labels that are dropped", 0.1)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        within(self, BELOW_ONE, "dropout")
+
 
 def run(config: Config, out: Path, device: str | None = None) -> Progress:
     """Train to the end, or go on with what lies in `out`. Raises InvalidInput, ModelError."""
-    made, started = objective(config)
+    made, started = objective(config, out)
     known = made.config if isinstance(made, Picturing) else made.perception.config
     data = [config.images.path] if isinstance(made, Picturing) and config.images else [d.path for d in config.data]
-    return Loop(made, config.loop, out, STAGE, said_of(known, config, started.lineage, data), device=device).run()
+    about = said_of(known, config, started.lineage, data)
+    return train(made, config.loop, out, STAGE, known, about, device)
 
 
-def objective(config: Config) -> tuple[Perceiving | Picturing, Started]:
-    """The objective with its model, and what it began with."""
+def objective(config: Config, out: Path | None = None) -> tuple[Perceiving | Picturing, Started]:
+    """The objective with its model, and what it began with; in `out` may lie a run that goes on."""
     if not config.start:
         raise InvalidInput("upcycling begins with a dense model: start = RUN", param="start")
     torch.manual_seed(config.loop.seed)
@@ -63,6 +70,6 @@ def objective(config: Config) -> tuple[Perceiving | Picturing, Started]:
         loop = config.loop
         return Picturing(dit, known, source, config.sizes, loop.batch, config.dropout, loop.seed), started
     answers = source_of(config)
-    codec = measured(config.codec or old.codec, answers, config)
+    codec = measured(codec_of(config.codec or old.codec, out), answers, config)
     surroundings = placed(dit, diffusion, codec, config, started.labels)
     return Perceiving(Perception(surroundings, dit), answers, config), started

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,12 +31,15 @@ def main(config: Path, out: Path, threads: int = 1, only: Sequence[str] = (), da
     taken from there. Raises InvalidInput for a study that cannot be, or a folder whose runs were of another one.
     """
     study = plan.read(config, data)
+    if threads < 1:
+        raise InvalidInput(f"threads must be at least 1, not {threads}", param="threads")
     if unknown := set(only) - set(study.axes):
         raise InvalidInput(f"the study has no axis {', '.join(sorted(unknown))}", param="only")
     torch.set_num_threads(threads)
     runs = [run for run in plan.runs_of(study) if not only or run.axis in only]
     done: dict[str, dict[str, Any]] = {}
     folders = {run.name: out / "runs" / run.name for run in plan.runs_of(study)}
+    plan.check_folders(study, [run for run in runs if not (folders[run.name] / RESULT).exists()])
     console, begun = Console(stderr=True), time.monotonic()
     results: dict[str, Any] = {}
     for number, run in enumerate(runs, 1):
@@ -51,7 +55,7 @@ def main(config: Path, out: Path, threads: int = 1, only: Sequence[str] = (), da
         done[run.name] = {**row, **told, "losses": losses(folders[run.name])}
         if new or number == len(runs):
             results = {"about": study.about, "axes": axes_of(study, done), "runs": list(done.values())}
-            (out / "results.json").write_text(json.dumps(results, indent=1))
+            write(out / "results.json", results)
             report.write(results, out)
     return results
 
@@ -90,8 +94,18 @@ def finished(study: Study, run: Run, folders: dict[str, Path]) -> dict[str, Any]
     stage_of(run.stage).run(config, folder, device="cpu")
     judged = judge.judged(study.judge, run, values, folder, study.judge.pictures.replace("{data}", study.data))
     row = {"key": run.key, "stage": run.stage, "values": values, **judged}
-    file.write_text(json.dumps({**row, "run": run.name}, indent=1))
+    write(file, {**row, "run": run.name})
     return {**row, "run": run.name}
+
+
+def write(file: Path, table: dict[str, Any]) -> None:
+    """Written aside and renamed, so that a kill leaves no half of it."""
+    aside = file.with_name(f"{file.name}.part")
+    with aside.open("w", encoding="utf-8") as stream:
+        stream.write(json.dumps(table, indent=1))
+        stream.flush()
+        os.fsync(stream.fileno())
+    aside.replace(file)
 
 
 def losses(folder: Path) -> list[list[float]]:

@@ -12,7 +12,8 @@ from training.report import table_markdown
 from training.scaling import COMPUTE_EXPONENTS, PowerLaw, exponent_range
 
 Row = dict[str, Any]
-LEAST = 3  # budgets, to fit a law with a floor
+LEAST = 3  # points, to fit a law without a floor: one more than it has numbers
+LEAST_FLOOR = LEAST + 1  # through three points a law with a floor always goes, and says nothing
 
 
 def of(rows: Sequence[Row], budget: str) -> dict[str, Any]:
@@ -28,8 +29,9 @@ def of(rows: Sequence[Row], budget: str) -> dict[str, Any]:
     if len(best) < LEAST:
         return law
     macs, loss = [row["macs"] for row in best], [row["loss"]["mean"] for row in best]
-    for name, floor in (("without a floor", False), ("with a floor", True)):
-        law["laws"][name] = fitted(macs, loss, floor, noise)
+    law["laws"]["without a floor"] = fitted(macs, loss, False, noise)
+    if len(best) >= LEAST_FLOOR:
+        law["laws"]["with a floor"] = fitted(macs, loss, True, noise)
     sizes = PowerLaw.fit(macs, [row["parameters"]["total"] for row in best], -COMPUTE_EXPONENTS[::-1], floor=False)
     law["size"] = {"exponent": -sizes.exponent, "gain": sizes.gain}
     for name, line in by_model(own, budget).items():
@@ -50,7 +52,7 @@ def fitted(macs: Sequence[float], loss: Sequence[float], floor: bool, noise: flo
         "relative_residual": law.residual / float(np.mean(loss)),
         "points": len(macs),
     }
-    if noise:
+    if noise is not None:
         said["exponent_90"] = exponent_range(macs, loss, noise, exponents=COMPUTE_EXPONENTS, floor=floor)
     return said
 
@@ -85,15 +87,36 @@ def seed_noise(rows: Sequence[Row]) -> float | None:
 
 
 def along_markdown(rows: Sequence[Row], dimension: str) -> str:
-    """A law through the held-out loss over a dimension whose choices are numbers."""
-    places = sorted((float(row["point"][dimension]), row["loss"]["mean"]) for row in rows if row["seed"] == 0)
+    """A law through the held-out loss over a dimension whose choices are numbers, or why there is none."""
+    own = [row for row in rows if row["seed"] == 0 and positive(row["point"][dimension])]
+    places = sorted((float(row["point"][dimension]), row["loss"]["mean"]) for row in own)
     if len(places) < LEAST:
-        return ""
-    law = PowerLaw.fit(*zip(*places, strict=True))
+        return f"No law through the held-out loss L({dimension}): {too_few(len(places), 'choices that are numbers')}."
+    law = PowerLaw.fit(*zip(*places, strict=True), floor=len(places) >= LEAST_FLOOR)
+    floor = f"{law.floor:.4f} {law.gain:+.4f}" if len(places) >= LEAST_FLOOR else f"{law.gain:.4f}"
     return (
-        f"Through the held-out loss L({dimension}): {law.floor:.4f} {law.gain:+.4f} n^-{law.exponent:.2f}, "
-        f"residual {law.residual:.4f} over {len(places)} points."
+        f"Through the held-out loss L({dimension}): {floor} n^-{law.exponent:.2f}, "
+        f"residual {law.residual:.4f} over {len(places)} points.{without_floor(len(places))}"
     )
+
+
+def positive(choice: str) -> bool:
+    """Whether a choice's name is a number above 0, as those of runs shown beside are not."""
+    try:
+        return 0 < float(choice) < float("inf")
+    except ValueError:
+        return False
+
+
+def too_few(count: int, what: str) -> str:
+    return f"there are {count} {what}, and it takes {LEAST}"
+
+
+def without_floor(points: int) -> str:
+    """Why there is no floor; empty where there is one."""
+    if points >= LEAST_FLOOR:
+        return ""
+    return f" No floor was fitted: that takes {LEAST_FLOOR} points, and there are {points} for its three numbers."
 
 
 def point(row: Row) -> dict[str, Any]:
@@ -107,19 +130,27 @@ def point(row: Row) -> dict[str, Any]:
 
 
 def markdown(law: dict[str, Any]) -> str:
-    """The laws as a table, and what chance does."""
+    """The laws as a table, and what chance does; or why there are none."""
     if not law["laws"]:
-        return ""
+        few = too_few(len(law["frontier"]), "budgets with more than half of the models")
+        return f"No law of compute yet: {few}."
     fits = {f"best of every budget, {name}": fit for name, fit in law["laws"].items()} | law["models"]
     rows = []
     for name, fit in fits.items():
-        spread = "{:.3f} to {:.3f}".format(*fit["exponent_90"]) if "exponent_90" in fit else ""
+        spread = "{:.3f} to {:.3f}".format(*fit["exponent_90"]) if "exponent_90" in fit else "no repeated seeds"
         share = f"{fit['relative_residual']:.1%}"
         rows.append([name, f"{fit['floor']:.3f}", f"{fit['gain']:.3g}", f"{fit['exponent']:.3f}", spread, share])
     head = ["L(C) = floor + gain C^-exponent", "floor", "gain", "exponent", "90% by seeds' noise", "residual"]
-    noise = f"Noise between seeds: {law['noise']:.2%} of the loss. " if law["noise"] else ""
+    noise = f"Noise between seeds: {law['noise']:.2%} of the loss. " if law["noise"] is not None else ""
     best = "; ".join(
         f"{p['macs']:.1e} MACs: {p['parameters'] / 1e6:.2f}M parameters, {p['loss']:.4f}" for p in law["frontier"]
     )
     sizes = f"Best size grows as C^{law['size']['exponent']:.2f}."
-    return "\n\n".join([table_markdown(head, rows), f"{noise}Best of every budget: {best}. {sizes}"])
+    floor = without_floor(len(law["frontier"]))
+    return "\n\n".join([table_markdown(head, rows), f"{noise}Best of every budget: {best}. {sizes}{floor}"])
+
+
+def scientific(value: float) -> str:
+    """3.04e12 -> "3.0e12"."""
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"

@@ -20,7 +20,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,37 @@ def runs_of(study: Study) -> list[Run]:
         if unknown := [other for other in run.reads if other not in names[:place]]:
             raise InvalidInput(f"{run.name} begins with {unknown[0]}, which no run before it is called", param="axes")
     return runs
+
+
+def check_folders(study: Study, runs: Iterable[Run]) -> None:
+    """Raises InvalidInput that names every folder that these runs read or are judged by and that is not there, with
+    the command that makes it."""
+    needed: dict[str, str] = {}
+    for run in runs:
+        flat = flattened(run.values)
+        for values in (flat, flat | run.held):
+            needed |= _folders_of(values)
+        if study.judge.pictures and run.stage != "pretrain":
+            pictures = _filled(study.judge.pictures, study.data)
+            needed[pictures] = f"python -m training.validation {pictures} --scenes SCENES"
+    lacking = [f"{path} ({how})" if how else path for path, how in needed.items() if not Path(path).is_dir()]
+    if lacking:
+        raise InvalidInput(f"the study's data is not there: {'; '.join(lacking)}", param="data")
+
+
+def _folders_of(values: Values) -> dict[str, str]:
+    """Folder -> the command that makes it, where one does."""
+    size = max((values.get("sizes") or [[64]])[0])
+
+    def made(kind: str, path: str) -> str:
+        if kind == "recorded":
+            return f"python -m training.recorded SCENES {path} --size {size}"
+        return f"python -m training.scenes.make {path} --kind solid, and --kind layered" if kind == "scenes" else ""
+
+    sources = [*values.get("data", ()), {"kind": values.get("images.kind"), "path": values.get("images.path")}]
+    found = {s["path"]: made(s.get("kind", "scenes"), s["path"]) for s in sources if s.get("path")}
+    start = values.get("start", "")
+    return found if not start or start.startswith(RUN) else {**found, start: ""}
 
 
 def _runs_of(study: Study, name: str, axis: Axis) -> Iterator[Run]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from training.study import laws
 
@@ -20,6 +21,7 @@ PANELS = {
     "amodal/iou": "amodal: IoU ↑",
 }
 DPI = 110
+FEW = 3  # log rows, up to which they are points as well as a line
 BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13), "frameon": False}
 
 
@@ -48,18 +50,35 @@ def compute(rows: Sequence[Row], budget: str, law: dict[str, Any], path: Path) -
     groups: dict[str, list[Row]] = {}
     for row in own:
         groups.setdefault(row["point"][budget], []).append(row)
-    for name, group in sorted(groups.items(), key=lambda item: item[1][0]["macs"]):
+    for group in sorted(groups.values(), key=lambda group: group[0]["macs"]):
         group.sort(key=lambda row: row["parameters"]["total"])
         sizes, found = [r["parameters"]["total"] for r in group], [r["loss"]["mean"] for r in group]
-        (drawn,) = right.plot(sizes, found, "o-", markersize=4, linewidth=1, label=f"{name} MACs")
+        spent = laws.scientific(float(np.median([r["macs"] for r in group])))
+        (drawn,) = right.plot(sizes, found, "o-", markersize=4, linewidth=1, label=f"{spent} MACs")
         best = int(np.argmin(found))
         right.plot(sizes[best], found[best], "*", markersize=12, color=drawn.get_color())
     right.set(xscale="log", yscale="log", xlabel="parameters", ylabel="held-out loss")
     right.legend(fontsize=7, ncols=3, title="budget, best starred", title_fontsize=7, **BELOW)
     for panel in (left, right):
+        few_labels(panel)
         panel.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=DPI)
     return path
+
+
+def few_labels(panel: Axes) -> None:
+    """Labels along x at whole decades alone; where fewer than two are in view, at 1, 2 and 5 times them, or at three
+    places if even of those there are fewer than two."""
+    low, high = panel.get_xlim()
+    panel.xaxis.set_minor_formatter(NullFormatter())
+    decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.log10(high) + 1)
+    if np.sum((low <= decades) & (decades <= high)) > 1:
+        return
+    places = np.sort(np.outer(decades, (1, 2, 5)).ravel())
+    places = places[(low <= places) & (places <= high)]
+    if len(places) < 2:
+        places = np.geomspace(low, high, 5)[1:-1]
+    panel.set_xticks(places, [laws.scientific(float(place)) for place in places])
 
 
 def axis(name: str, rows: Sequence[Row], path: Path) -> Path:
@@ -70,10 +89,12 @@ def axis(name: str, rows: Sequence[Row], path: Path) -> Path:
     labels = [label(row) for row in rows]
     colours = []
     for row, text in zip(rows, labels, strict=True):
-        steps, losses = zip(*row["losses"], strict=True)
-        (drawn,) = curves.plot(steps, smooth(np.array(losses)), linewidth=1, label=text)
+        steps, losses = np.array(row["losses"], float).reshape(-1, 2).T
+        marker = "o" if len(steps) <= FEW else ""
+        (drawn,) = curves.plot(steps, smooth(losses), marker=marker, markersize=4, linewidth=1, label=text)
         colours.append(drawn.get_color())
     curves.set(xlabel="step", ylabel="training loss", yscale="log")
+    curves.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     curves.set_title(name, fontsize=10, loc="left")
     places = np.arange(len(rows))[::-1]
     for number, (panel, key) in enumerate(zip(panels, shown, strict=True)):
@@ -110,6 +131,8 @@ def label(row: Row) -> str:
 def smooth(values: np.ndarray) -> np.ndarray:
     """A running mean, about a twentieth of the whole."""
     width = max(1, len(values) // 20)
+    if width == 1:
+        return values
     padded = np.concatenate([np.full(width // 2, values[0]), values, np.full(width - 1 - width // 2, values[-1])])
     kernel: np.ndarray = np.convolve(padded, np.ones(width) / width, "valid")
     return kernel

@@ -61,7 +61,7 @@ def axis_table(rows: Sequence[Row], dimensions: Sequence[str]) -> str:
         "parameters",
         *(["active"] if sparse else []),
         *(["trained"] if few else []),
-        "samples",
+        "samples seen",
         "MACs",
         "s",
         "held-out loss ↓",
@@ -79,7 +79,7 @@ def axis_table(rows: Sequence[Row], dimensions: Sequence[str]) -> str:
                 *([millions(counts["active"])] if sparse else []),
                 *([millions(counts["trainable"])] if few else []),
                 f"{row['samples']:,}",
-                scientific(row["macs"]),
+                laws.scientific(row["macs"]),
                 f"{row['seconds']:.0f}",
                 f"{row['loss']['mean']:.4f}",
                 *(f"{row['loss'][task]:.4f}" if task in row["loss"] else "" for task in tasks),
@@ -91,8 +91,3 @@ def axis_table(rows: Sequence[Row], dimensions: Sequence[str]) -> str:
 
 def millions(count: int) -> str:
     return f"{count / 1e6:.2f}M" if count >= 1e5 else f"{count / 1e3:.1f}k"
-
-
-def scientific(value: float) -> str:
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa}e{int(exponent)}"
