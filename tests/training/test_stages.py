@@ -534,9 +534,13 @@ def test_pretraining_goes_on_from_a_start(chain: Chain) -> None:
 
 
 def test_a_start_brings_its_own_network(chain: Chain) -> None:
-    for stage, given in ((finetune, chain.tuning()), (pretrain, {"images": {"path": str(chain.shards)}})):
-        with pytest.raises(InvalidInput, match="drop model, or drop start"):
-            stage.objective(build(stage.Config, {**given, "start": chain.pretrain, "model": NET}))
+    images = {"kind": "scenes", "path": str(chain.shards)}
+    for stage, given in ((finetune, chain.tuning()), (pretrain, {"images": images, "sizes": [[32, 32]]})):
+        given = {**given, "start": chain.pretrain}
+        stage.objective(build(stage.Config, {**given, "model": NET}))  # says what is so
+        for other, told in (({**NET, "width": 64}, "width 32, model says 64"), ({**NET, "patch": 4}, "patch 2")):
+            with pytest.raises(InvalidInput, match=f"{told}.*drop model, or drop start"):
+                stage.objective(build(stage.Config, {**given, "model": other}))
 
 
 def test_a_model_on_an_autoencoders_latents_is_tuned_and_asked(chain: Chain, tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ def objective(config: Config, out: Path | None = None) -> tuple[Perceiving, Star
     torch.manual_seed(config.loop.seed)
     source = source_of(config)
     started = open_start(config.start, config.start_weights) if config.start else None
-    own_network(config.model, started)
+    if started is not None:
+        own_network(config.model, started.config.model)
     asked = config.codec or (started.config.codec if started else CodecConfig())
     codec = measured(codec_of(asked, out), source, config)
     made = grown(config, started, codec) if started else begun(config, codec)

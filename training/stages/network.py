@@ -31,7 +31,14 @@ class ModelConfig:
         return named(self.name, **{k: v for k, v in own.items() if v is not None}, **more)
 
 
-def own_network(model: ModelConfig, started: object | None) -> None:
-    """Raises InvalidInput where a network is described and the start brings its own."""
-    if started is not None and model != ModelConfig():
-        raise InvalidInput("with a start the network is the start's: drop model, or drop start", param="model")
+def own_network(model: ModelConfig, start: DiTConfig) -> None:
+    """Raises InvalidInput where another network is described than the start brings."""
+    if model == ModelConfig():
+        return
+    described = model.build()
+    given = {name for name in ("patch", "grid", "experts", "routing") if getattr(model, name) is not None}
+    for name in ("width", "heads", "depth", *sorted(given)):
+        ours, theirs = getattr(described, name), getattr(start, name)
+        if ours != theirs:
+            told = f"the start's network has {name} {theirs}, model says {ours}: drop model, or drop start"
+            raise InvalidInput(told, param="model")

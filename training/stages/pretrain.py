@@ -61,13 +61,13 @@ def objective(config: Config, out: Path | None = None) -> tuple[Picturing, Start
     torch.manual_seed(config.loop.seed)
     source = open_images(config.images, config.loop.seed)
     started = open_start(config.start, config.start_weights) if config.start else None
-    own_network(config.model, started)
     if started is None:
         made = begun(config, source, out)
         dit = network(made.model, made.diffusion)
     else:
         if not isinstance(started.config, ClassesConfig):
             raise InvalidInput("pretraining begins with a class-conditional model", param="start")
+        own_network(config.model, started.config.model)
         made = went_on(started.config, config, source)
         dit = network(made.model, made.diffusion)
         load_weights(dit, started.state)
