@@ -8,6 +8,7 @@ checkpoint with the same command (`training.loop`).
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -233,6 +234,8 @@ class Run:
         self.recipe, self.out = recipe, out
         scenes = scenes or recipe.open_scenes()
         started = (out / checkpoint.CONFIG).exists()
+        if started:
+            check_same(recipe, checkpoint.read_config(out))
         std = latent_std(checkpoint.read_config(out)) if started else measure_latent_std(scenes, DCTCodec())
         torch.manual_seed(recipe.seed)
         self.model = Learner(Config(latent_channels=len(std), latent_std=std, **recipe.model), recipe.noise)
@@ -246,6 +249,16 @@ class Run:
     def train(self) -> Progress:
         """To the end. Raises what `Loop.run` does."""
         return self.loop.run()
+
+
+def check_same(recipe: Recipe, config: dict[str, Any]) -> None:
+    """Raises InvalidInput that names the field in which a run's configuration is of another model."""
+    begun, asked = config["about"].get("recipe", {}), json.loads(json.dumps(asdict(recipe)))
+    for name in ("model", "schedule", "zero_terminal_snr", "depth_knee"):
+        if name in begun and begun[name] != asked[name]:
+            raise InvalidInput(
+                f"the run was begun with {name} = {begun[name]}, not {asked[name]}: begin another folder", param=name
+            )
 
 
 def latent_std(config: dict[str, Any]) -> tuple[float, ...]:

@@ -72,6 +72,12 @@ def test_a_finished_run_started_again_stays_as_it_is(recipe: Recipe, whole: Path
     assert same(after[1], before[1])
 
 
+def test_a_run_does_not_go_on_as_another_model(recipe: Recipe, whole: Path) -> None:
+    for other in (replace(recipe, depth_knee=0.5), replace(recipe, model={**recipe.model, "heads": 4})):
+        with pytest.raises(InvalidInput, match="was begun with"):
+            Run(other, whole)
+
+
 def test_parts_of_a_batch_add_up_to_it(recipe: Recipe, tmp_path: Path) -> None:
     """Stages of two samples a task, in two parts: every part has one; three parts are refused."""
     halves = replace(recipe, accumulate=2, stages=recipe.stages[:1])
