@@ -168,9 +168,12 @@ class Planner:
             self.saw(_merging(answer.options), pixels, seconds)
 
     def cut(self, spend: Spend, done: Plan, late_s: float) -> None:
-        """An answer that was cut off came so late after its budget, or (below 0) so early."""
+        """An answer with a budget came so late after it, or (below 0) so early. Those that were cut off say how much
+        slack there should be; others that are in time say that none was needed, so that hard times are forgotten."""
         if not done.complete and (done.members, done.steps_taken) != (1, 1):  # those wait for their one step
             self._late.append(min(MOST_SLACK_S, max(0.0, late_s + spend.slack_s)))
+        elif late_s <= 0:
+            self._late.append(0.0)
 
     @property
     def slack_s(self) -> float:

@@ -17,12 +17,17 @@ PATIENCE = 32
 class Order(Protocol):
     """Decides which request goes next. All times are in seconds of one clock.
 
-    `came` once for every ticket, before anything else of it is asked. `turn` for every batch that is made: its first
+    `idle` where nothing is known, before somebody comes. `came` once for every ticket, before anything else of it is
+    asked. `turn` for every batch that is made: its first
     row is the first ticket's, and the others follow as long as their rows may join; with `in_turn` they give one row
     each and begin again, else each gives what it has. `took` for every row that is taken.
     """
 
     in_turn: bool
+
+    def idle(self) -> None:
+        """Nobody is there: what is remembered of those that were is settled."""
+        ...
 
     def came(self, ticket: Ticket, now: float, pace: Pace) -> None: ...
 
@@ -41,6 +46,9 @@ class FirstCome:
     """The request first whose row has waited longest."""
 
     in_turn = False
+
+    def idle(self) -> None:
+        pass
 
     def came(self, ticket: Ticket, now: float, pace: Pace) -> None:
         pass
@@ -62,6 +70,9 @@ class RoundRobin:
 
     def __init__(self) -> None:
         self._numbers = count()
+
+    def idle(self) -> None:
+        pass
 
     def came(self, ticket: Ticket, now: float, pace: Pace) -> None:
         ticket.turn = next(self._numbers)
@@ -88,6 +99,10 @@ class _Soft:
     def __init__(self, stretch: float = STRETCH) -> None:
         self.stretch = stretch
         self._busy: dict[str, tuple[float, float]] = {}
+
+    def idle(self) -> None:
+        """An idle machine owes nobody anything, whatever was charged for work that was then called off."""
+        self._busy.clear()
 
     def came(self, ticket: Ticket, now: float, pace: Pace) -> None:
         work, alone = ticket.left_s(now, pace)
@@ -142,7 +157,7 @@ class Dial(_Soft):
         kept = _most_in_time(by_deadline, left, now)
         in_time = [ticket for ticket in by_deadline if id(ticket) in kept]
         late = [ticket for ticket in by_deadline if id(ticket) not in kept]
-        late.sort(key=lambda ticket: (left[id(ticket)][1] + max(0.0, ticket.starts - now), _age(ticket)))
+        late.sort(key=lambda ticket: (left[id(ticket)][1] + _owed(ticket, now), _age(ticket)))
         first = _harmless(in_time, late, left, now)
         return late[:first] + in_time + late[first:]
 
@@ -188,6 +203,11 @@ def _harmless(in_time: Sequence[Ticket], late: Sequence[Ticket], left: Left, now
         if slack < 0 or alone >= head_s:
             return number
     return len(late)
+
+
+def _owed(ticket: Ticket, now: float) -> float:
+    """Seconds until it starts by its client's share; one that is content with what there is needs a step alone."""
+    return 0.0 if ticket.elastic else max(0.0, ticket.starts - now)
 
 
 def _age(ticket: Ticket) -> float:

@@ -306,6 +306,8 @@ class Stepping:
     def _come(self, ticket: Ticket) -> None:
         """Told to the order once, when something of it is known to be ahead."""
         if ticket.arrived is None:
+            if not any(known is not ticket for known in self._known()):
+                self.order.idle()
             ticket.arrived = self._now()
             self.order.came(ticket, ticket.arrived, self.pace)
 

@@ -96,6 +96,28 @@ def test_a_client_that_paused_is_not_paid_for_it() -> None:
     assert ticket(order, 4, now=100.0, client="a").soft == pytest.approx(112)
 
 
+def test_an_idle_machine_holds_nothing_against_anybody() -> None:
+    """Large work of a client that left at once, charged beside a client of ten times its weight."""
+
+    async def story() -> tuple[float | None, float | None]:
+        async with asyncio.timeout(60):
+            order = Dial()
+            lane = Stepping(Sleeper(), order=order)  # type: ignore[arg-type]
+            with lane.place(planned(1, client="heavy", weight=10.0)), lane.place(planned(200, client="light")):
+                pass
+            later = planned(1, client="light")
+            with lane.place(later):
+                return later.starts, later.arrived
+
+    def planned(steps: int, **facts: object) -> Ticket:
+        made = Ticket(**facts)  # type: ignore[arg-type]
+        made.plan(pixels=PX**2, denoise=steps)
+        return made
+
+    starts, arrived = run(story())
+    assert starts == arrived
+
+
 arrivals = st.lists(
     st.tuples(
         st.integers(0, 60),  # when it comes

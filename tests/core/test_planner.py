@@ -122,6 +122,9 @@ def test_what_was_cut_off_too_late_is_cut_off_earlier() -> None:
         planner.cut(Spend(waited), waited, 9.0)
         planner.cut(Spend(late), Plan(5, 5, "a test", members=5, steps_taken=5), 9.0)
     assert deadline() == pytest.approx(at_first - 0.050, abs=0.005)
+    for _ in range(15):  # hard times are over
+        planner.cut(Spend(late), Plan(5, 5, "a test", members=5, steps_taken=5), -0.2)
+    assert deadline() == pytest.approx(at_first, abs=0.005)
 
 
 def test_a_backend_without_a_lane_is_guessed_at() -> None:
