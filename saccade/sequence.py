@@ -140,6 +140,8 @@ def _apply(seen: Seen, asked: Sequence[Inputs], flows: Sequence[Answer]) -> Seen
     steadied = steady(depths, [inputs.image for inputs in asked], [_float(flow) for flow in flows])
     moved = zip(seen, steadied.maps, steadied.fits, strict=True)
     answers = [_refitted(answer, depth, fit) for answer, depth, fit in moved]
+    if any(flow.plan is not None and not flow.plan.complete for flow in flows):  # a cut flow steadies less well
+        answers = [replace(a, plan=None if a.plan is None else replace(a.plan, complete=False)) for a in answers]
     return replace(seen, answers=answers, shots=steadied.shots)
 
 

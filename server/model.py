@@ -53,6 +53,13 @@ class Model:
         return self.card.name
 
     @property
+    def arithmetic(self) -> tuple[str, ...]:
+        """What decides the answers' last digits: engine and precision, where the model runs in this process."""
+        return tuple(
+            str(getattr(self._backend, name)) for name in ("engine", "precision") if hasattr(self._backend, name)
+        )
+
+    @property
     def endpoints(self) -> Mapping[str, str]:
         """Address -> state of the servers that run the model; none where it runs in this process."""
         return self._backend.states if isinstance(self._backend, Remote) else {}

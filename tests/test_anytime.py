@@ -225,6 +225,16 @@ def test_steadied_frames_share_it_with_the_flows_between_them(toy: Embedded) -> 
     assert loop.now <= 100.0 + 0.5 + 4 * STEP_S
 
 
+def test_frames_are_not_whole_where_only_the_flows_that_steady_them_were_cut(toy: Embedded) -> None:
+    asked = [inputs("depth", seed=seed) for seed in range(3)]
+    chosen = resolved(toy, "depth", steps=1, ensemble_size=1)
+    for budget_s, whole in ((0.0, False), (60.0, True)):
+        loop = Loop()
+        spend = Spend(Plan(1, 1, "a test"), loop.now + budget_s)
+        seen = run(loop, sequence.ask(Pipeline(Timed(toy, loop)), asked, chosen, steadily=True, spend=spend))
+        assert [answer.plan.complete for answer in seen] == [whole] * 3
+
+
 def test_watching_changes_nothing(toy: Embedded) -> None:
     class Watch:
         steps = 0
