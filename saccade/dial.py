@@ -140,7 +140,7 @@ def plan(options: Options, card: Card, task: TaskName, forecast: Forecast | None
     points = candidates(options, card, task, limits)
     if budget is None or forecast is None:
         return Plan(points[-1].steps, points[-1].members, _unhurried_why(options, points[-1]), None, None, target)
-    chosen, why = _within(points, forecast, budget, asked=_asked(options))
+    chosen, why = _within(points, forecast, budget, options)
     predicted_ms = round(forecast.seconds(chosen.steps, chosen.members) * 1e3, 1)
     return Plan(chosen.steps, chosen.members, why, budget, predicted_ms, target)
 
@@ -204,7 +204,7 @@ def _ladder(card: Card, task: TaskName, limits: Limits) -> list[Point]:
 
 def _of_quality(quality: Quality, points: list[Point], card: Card, task: TaskName, measured: bool) -> Point:
     """`fast`: the least work; `best`: the most gain; `balanced`: the least work for half of what best gains over fast,
-    or, unmeasured, the card's defaults."""
+    or, unmeasured, what is nearest to the card's defaults and no more."""
     fast, best = min(points, key=lambda p: p.work), _best(points)
     if quality == "fast":
         return fast
@@ -212,7 +212,8 @@ def _of_quality(quality: Quality, points: list[Point], card: Card, task: TaskNam
         return best
     if not measured:
         defaults = card.tasks[task].defaults
-        return Point(defaults.steps, defaults.ensemble_size)
+        most = Point(defaults.steps, defaults.ensemble_size).work
+        return max((p for p in points if p.work <= most), key=lambda p: p.work, default=fast)
     enough = fast.gain + BALANCED * (best.gain - fast.gain)
     return min((p for p in points if p.gain >= enough), key=lambda p: p.work)
 
@@ -225,12 +226,14 @@ def _asked(options: Options) -> bool:
     return options.steps is not None and options.ensemble_size is not None
 
 
-def _within(points: list[Point], forecast: Forecast, budget_ms: int, asked: bool) -> tuple[Point, str]:
+def _within(points: list[Point], forecast: Forecast, budget_ms: int, options: Options) -> tuple[Point, str]:
     def seconds(point: Point) -> float:
         return forecast.seconds(point.steps, point.members)
 
-    if asked or len(points) == 1:
-        return points[0], f"as asked, for {budget_ms} ms at most"
+    if len(points) == 1:
+        chosen = options.quality is not None or options.target_uncertainty is not None
+        why = _unhurried_why(options, points[0]) if chosen else "as asked"
+        return points[0], f"{why}, for {budget_ms} ms at most"
     fitting = [p for p in points if seconds(p) * 1e3 <= MARGIN * budget_ms]
     if not fitting:
         least = min(points, key=seconds)

@@ -51,8 +51,8 @@ def create_app(settings: Settings, opener: Opener | None = None) -> FastAPI:
     follows what they want later, and closes at the end whatever is open.
     """
     service = Service(settings, opener or partial(open_backend, settings), Metrics())
-    jobs = Jobs(service)
     ring = None if settings.keys_file is None else Ring(settings.keys_file)
+    jobs = Jobs(service) if ring is None else Jobs(service, ring.weight_of)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -58,14 +58,14 @@ class Bounded(Generic[T]):
 class Remembering:
     """A lane that encodes the same pictures once: those that it has seen lately, and those that are being encoded.
 
-    The same pictures are those whose pixels, as the model takes them, task and model are the same. A caller who waits
-    for another one's encoding begins anew if that one leaves.
+    The same pictures are those whose pixels, as the model takes them, task and model are the same. A caller waits for
+    another one's encoding unless that would take longer than encoding it again, and begins anew if it leaves.
     """
 
     def __init__(self, lane: Stepping, limit: int, heard: Callable[[Outcome], None] = lambda _: None) -> None:
         self._lane = lane
         self._kept: Bounded[Conditioning] = Bounded(limit, heard)
-        self._coming: dict[Hashable, asyncio.Future[Conditioning | None]] = {}
+        self._coming: dict[Hashable, tuple[Ticket, asyncio.Future[Conditioning | None]]] = {}
 
     @property
     def card(self) -> Card:
@@ -86,7 +86,10 @@ class Remembering:
         if self._kept.limit == 0:
             return await self._lane.encode(image, prompt, task, ticket)
         key = self.card.digest, await asyncio.to_thread(_digest, image, prompt, task)
-        while (coming := self._coming.get(key)) is not None:
+        while (other := self._coming.get(key)) is not None:
+            leader, coming = other
+            if self._worth_encoding_again(image, ticket, leader):
+                return await self._lane.encode(image, prompt, task, ticket)
             if (found := await asyncio.shield(coming)) is not None:
                 self._kept.get(key)
                 return _unneeded(found, image, ticket)
@@ -95,7 +98,8 @@ class Remembering:
         return await self._encode(key, image, prompt, task, ticket)
 
     async def _encode(self, key: Hashable, image: Array, prompt: Array, task: Labels, ticket: Ticket) -> Conditioning:
-        coming = self._coming[key] = asyncio.get_running_loop().create_future()
+        coming: asyncio.Future[Conditioning | None] = asyncio.get_running_loop().create_future()
+        self._coming[key] = ticket, coming
         found: Conditioning | None = None
         try:
             found = await self._lane.encode(image, prompt, task, ticket)
@@ -104,6 +108,14 @@ class Remembering:
         finally:
             del self._coming[key]
             coming.set_result(found)
+
+    def _worth_encoding_again(self, image: Array, ticket: Ticket, leader: Ticket) -> bool:
+        """Whether more work of others than an encoding is served between `ticket` and `leader`, whose row waits."""
+        if leader.running:
+            return False
+        pixels = image.shape[-2] * image.shape[-1]
+        between_s = self._lane.before_s(leader) - self._lane.before_s(ticket) - ticket.work_s(self.pace)
+        return between_s > self.pace.row_s("encode", pixels)
 
     async def denoise(
         self, latent: Array, timestep: Labels, task: Labels, conditioning: Conditioning, ticket: Ticket

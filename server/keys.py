@@ -126,6 +126,10 @@ class Ring:
     def find(self, given: str) -> Key | None:
         return self._keys.get(digest(given)) if 0 < len(given) <= LONGEST_KEY else None
 
+    def weight_of(self, name: str) -> float:
+        """Of the key of that name; 1 where there is none any more."""
+        return next((key.weight for key in self._keys.values() if key.name == name), 1.0)
+
     def wait_s(self, key: Key) -> float:
         """0 if the key may ask now, else the seconds until it may."""
         found = self._buckets.get(key.name)  # once: `look` puts others in their place from its own thread

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,22 +43,22 @@ class CodecConfig:
         within(self, POSITIVE, "picture_std", "target_std")
 
 
-class Codec(nn.Module):
+class Codec(nn.Module, ABC):
     """`planes` pictures of `stride` times the size <-> `channels` of latents."""
 
     planes: int
     channels: int
     stride: int
 
-    def encode(self, pictures: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def encode(self, pictures: Tensor) -> Tensor: ...
 
-    def decode(self, latents: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor: ...
 
+    @abstractmethod
     def planes_of(self, target: Tensor, task: Tensor) -> Tensor:
         """Four coded planes [B, 4, H, W] of tasks [B] (places in depth, flow, amodal) as this codec takes them."""
-        raise NotImplementedError
 
 
 class Blocks(Codec):

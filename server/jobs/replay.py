@@ -11,7 +11,8 @@ from starlette.types import Message, Scope
 from server.jobs.records import Asked
 
 
-def request(asked: Asked, owner: str) -> Request:
+def request(asked: Asked, owner: str, weight: float) -> Request:
+    """`owner`: the name of the key that it came with, empty without one; `weight`: that key's."""
     headers = {"content-type": asked.content_type, "accept": asked.accept, "content-length": str(len(asked.body))}
     scope: Scope = {
         "type": "http",
@@ -22,7 +23,7 @@ def request(asked: Asked, owner: str) -> Request:
         "root_path": "",
         "query_string": asked.query,
         "headers": [(name.encode(), value.encode("latin-1")) for name, value in headers.items() if value],
-        "state": {"request_id": asked.request_id, "key": owner or None},
+        "state": {"request_id": asked.request_id, "key": owner or None, "weight": weight},
     }
     messages: Iterator[Message] = iter([{"type": "http.request", "body": asked.body, "more_body": False}])
 

@@ -41,8 +41,8 @@ class Jobs:
     ends, what was not done is run again by the next one, and what was done is never run again.
     """
 
-    def __init__(self, house: Service) -> None:
-        self.house, self.settings = house, house.settings
+    def __init__(self, house: Service, weight_of: Callable[[str], float] = lambda _: 1.0) -> None:
+        self.house, self.settings, self._weight_of = house, house.settings, weight_of
         self._begun = False
         self._store: Store | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="jobs")
@@ -170,7 +170,7 @@ class Jobs:
     async def _run(self, record: Record, asked: Asked) -> None:
         told = self._events(record.id)
         watch = Witness(told, self.house.in_thread, asked.request_id, lambda: told.followers > 0)
-        request = replay.request(asked, record.owner)
+        request = replay.request(asked, record.owner, self._weight_of(record.owner))
         task = asyncio.create_task(respond(self.house, request, record.task, watch, later=True))
         self._running[record.id] = task
         try:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import httpx
+import numpy as np
 import pytest
 
 from saccade.backends import Array, Backend, Conditioning, Labels, Ticket
+from saccade.backends.pace import Pace
 from saccade.errors import ModelError
 from saccade.tasks import TASKS
-from server.cache import ENTRY_BYTES, Bounded
+from server.cache import ENTRY_BYTES, Bounded, Remembering
 from tests.server.house import House, Wrapped, files, png, running, until
 from tests.server.test_events import STREAM, parse
 from tests.server.test_refusals import assert_problem
@@ -129,6 +132,40 @@ def test_who_leaves_takes_nothing_from_the_others(backend: Backend) -> None:
 
     counting = Encoding(backend)
     story(counting, tell)
+
+
+def test_who_comes_first_waits_for_nobody_who_comes_later() -> None:
+    """A request that the lane serves first does not take over the place of one that asked for the same before it."""
+
+    class Lane:
+        card, pace = SimpleNamespace(digest="x"), Pace()
+        asked: ClassVar[list[str | None]] = []
+
+        def before_s(self, ticket: Ticket) -> float:
+            return {"late": 9.0, "soon": 1.0, "later": 10.0}[str(ticket.client)]
+
+        async def encode(self, image: Array, prompt: Array, task: Labels, ticket: Ticket) -> Conditioning:
+            self.asked.append(ticket.client)
+            if ticket.client == "late":
+                await gate.wait()
+            return {"seen": image}
+
+    async def tell() -> None:
+        lane = Remembering(Lane(), 2**20)  # type: ignore[arg-type]
+        picture, label = np.zeros((1, 3, 8, 8), np.float32), np.zeros(1, np.int64)
+        late, later = (
+            asyncio.create_task(lane.encode(picture, picture, label, Ticket(client=client)))
+            for client in ("late", "later")
+        )
+        await until(lambda: Lane.asked)
+        await lane.encode(picture, picture, label, Ticket(client="soon"))
+        assert Lane.asked == ["late", "soon"]
+        gate.set()
+        await asyncio.gather(late, later)
+        assert Lane.asked == ["late", "soon"]
+
+    gate = asyncio.Event()
+    asyncio.run(tell())
 
 
 def test_failures_are_not_kept(backend: Backend) -> None:

@@ -508,7 +508,7 @@ def test_a_fault_of_ours_ends_no_worker(backend: Backend, file: Path, monkeypatc
 
 
 def test_a_job_that_cannot_be_begun_fails(backend: Backend, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def request(asked: Asked, owner: str) -> None:
+    def request(asked: Asked, owner: str, weight: float) -> None:
         raise RuntimeError("nobody foresaw this")
 
     async def story(house: House) -> httpx.Response:

@@ -137,7 +137,8 @@ def test_the_log_has_means_since_the_row_before(tmp_path: Path) -> None:
 
 
 def test_tensorboard_shows_the_log(tmp_path: Path) -> None:
-    loader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
+    from tensorboard.backend.event_processing import event_file_loader as loader
+
     begin(tmp_path).run()
     (file,) = (tmp_path / "tensorboard").iterdir()
     events = list(loader.LegacyEventFileLoader(str(file)).Load())

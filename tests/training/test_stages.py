@@ -545,7 +545,8 @@ def test_a_start_brings_its_own_network(chain: Chain) -> None:
 
 def test_a_model_on_an_autoencoders_latents_is_tuned_and_asked(chain: Chain, tmp_path: Path) -> None:
     """As the papers have it: four channels, targets of three planes, read back as their conventions say."""
-    diffusers = pytest.importorskip("diffusers")
+    import diffusers
+
     torch.manual_seed(0)
     small = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
     blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
