@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Error, expect
+from playwright.sync_api import Browser, Error, Route, expect
 
 from saccade.formats import read_mask
 from saccade.metrics import iou
@@ -100,6 +100,20 @@ def test_one_member_cannot_be_unsure(visitor: Visitor) -> None:
     visitor.sample()
     visitor.answered()
     expect(visitor.page.locator("[name=view][value=uncertainty]")).to_be_disabled()
+
+
+def test_what_was_turned_stays_when_the_server_answers_late(browser: Browser, site: Process) -> None:
+    with Visitor.arriving(browser, "about:blank") as visitor:
+        held: list[Route] = []
+        visitor.page.route("**/models", held.append)
+        with visitor.page.expect_request("**/models"):
+            visitor.page.goto(site.url)
+        visitor.turn("members", "Home")
+        held.pop().continue_()
+        expect(visitor.page.locator("#detail option").first).to_contain_text(" px)")
+        expect(visitor.page.locator("#dial-members-input")).to_have_attribute("aria-valuetext", "1 member")
+        visitor.choose_task("flow")
+        expect(visitor.page.locator("#dial-members-input")).not_to_have_attribute("aria-valuetext", "1 member")
 
 
 def test_the_point_cloud_turns_with_keys_and_mouse(visitor: Visitor) -> None:

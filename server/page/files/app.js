@@ -249,7 +249,7 @@ async function learn() {
   const { features } = await getJson("/");
   if (features?.mask === false) marks.byHandOnly();
   await knobs.learn();
-  knobs.reset(state.task);
+  knobs.allow(state.task);
   if (!state.running) refresh();
 }
 

@@ -14,15 +14,17 @@ export class Knobs extends EventTarget {
   constructor() {
     super();
     this.most = { steps: 100, members: 20, detail: 768 };
+    this.turned = new Set();
     this.steps = new Dial($("dial-steps"), { label: "Steps", values: [4], value: 4, says: (n) => `${n} ${n === 1 ? "step" : "steps"}` });
     this.members = new Dial($("dial-members"), { label: "Members", values: [5], value: 5, says: (n) => `${n} ${n === 1 ? "member" : "members"}` });
-    const turned = () => this.dispatchEvent(new Event("change"));
-    for (const dial of [this.steps, this.members]) {
-      dial.addEventListener("input", () => this.cost());
-      dial.addEventListener("change", turned);
+    const turned = (name) => { this.turned.add(name); this.dispatchEvent(new Event("change")); };
+    for (const name of ["steps", "members"]) {
+      this[name].addEventListener("input", () => this.cost());
+      this[name].addEventListener("change", () => turned(name));
+      this[name].host.addEventListener("pointerdown", () => this.turned.add(name));  // it is in somebody's hand
     }
-    for (const id of ["seed", "detail", "reduction", "uncertainty"]) $(id).addEventListener("change", turned);
-    $("seed-other").addEventListener("click", () => { $("seed").value = Math.floor(Math.random() * 1e6); turned(); });
+    for (const id of ["seed", "detail", "reduction", "uncertainty"]) $(id).addEventListener("change", () => turned(id));
+    $("seed-other").addEventListener("click", () => { $("seed").value = Math.floor(Math.random() * 1e6); turned("seed"); });
   }
 
   get eager() { return $("eager").checked; }
@@ -52,14 +54,28 @@ export class Knobs extends EventTarget {
 
   /** The model's own choice for a task. */
   reset(task) {
+    this.turned.clear();
+    this.allow(task);
+  }
+
+  /** What may be chosen for a task, by the model's own choice; what has been turned since `reset` stays where it is. */
+  allow(task) {
     const own = this.card?.tasks[task]?.defaults ?? { steps: 4, ensemble_size: 5, reduction: "" };
-    this.steps.allow(stepsUpTo(this.most.steps, own.steps), own.steps);
-    this.members.allow(membersUpTo(this.most.members, own.ensemble_size), own.ensemble_size);
+    const { steps, members, detail, reduction } = this.kept();
+    this.steps.allow(stepsUpTo(this.most.steps, own.steps), steps ?? own.steps);
+    this.members.allow(membersUpTo(this.most.members, own.ensemble_size), members ?? own.ensemble_size);
     $("reduction").replaceChildren(...TASKS[task].reductions.map((name) => option(name, name.replace("_", " "))));
-    if (own.reduction) $("reduction").value = own.reduction;
+    if (reduction ?? own.reduction) $("reduction").value = reduction ?? own.reduction;
     const given = own.processing_resolution ? ` (${own.processing_resolution} px)` : "";
     $("detail").replaceChildren(option("", `the model’s own${given}`), ...detailsUpTo(this.most.detail).map((px) => option(px, `${px} px`)));
+    $("detail").value = detailsUpTo(this.most.detail).includes(Number(detail)) ? detail : "";
     this.cost();
+  }
+
+  /** The values of what has been turned. */
+  kept() {
+    const values = { steps: this.steps.value, members: this.members.value, detail: $("detail").value, reduction: $("reduction").value };
+    return Object.fromEntries(Object.entries(values).filter(([name]) => this.turned.has(name)));
   }
 
   cost() {
