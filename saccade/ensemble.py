@@ -25,6 +25,7 @@ MIN_CONTRAST = 0.5
 ROUND_DISTANCE = 1e-4
 ROUND_END = 2e-3
 ROUND_TIE = 1e-4
+MOST_EXCHANGED = 64
 # As SciPy stops its line search, which diffusers runs: so the few iterations lead to the same place.
 SUFFICIENT_DECREASE, CURVATURE = 1e-4, 0.9
 
@@ -42,8 +43,8 @@ def reduce(maps: Maps, reduction: Reduction) -> tuple[Float32, Float32]:
     if reduction == "mean":
         merged, spread = maps.mean(0, dtype=np.float64), maps.std(0, dtype=np.float64)
     elif reduction == "median":
-        merged = np.median(maps, axis=0)
-        spread = _mad(maps, merged)
+        merged = _median(maps)
+        spread = _median(np.abs(maps - merged))
     else:
         raise InvalidInput(f"reduction must be mean, median or aligned_median, not {reduction}", param="reduction")
     if spread.ndim == 3:
@@ -73,7 +74,7 @@ def aligned_median(
     merged = _lower_median(aligned)
     contrast = float(np.ptp(merged))
     span = np.float32(contrast if contrast > MIN_RANGE else 1)
-    return (merged - merged.min()) / span, (_mad(aligned, merged) / span).astype(np.float32)
+    return (merged - merged.min()) / span, (_median(np.abs(aligned - merged)) / span).astype(np.float32)
 
 
 def align(
@@ -311,14 +312,32 @@ def _middle(count: int) -> int:
 
 def _lower_median(members: Float32) -> Float32:
     """Over the first axis; of an even number the lower of the middle two, so that it is always one of the members."""
-    middle = _middle(len(members))
-    median: Float32 = np.partition(members, middle, axis=0)[middle]
-    return median
+    return _smallest(members, _middle(len(members)) + 1)[-1]
 
 
-def _mad(members: Maps, centre: Maps) -> Maps:
-    spread: Maps = np.median(np.abs(members - centre), axis=0)
-    return spread
+def _median(members: Maps) -> Maps:
+    """Over the first axis; of an even number the mean of the middle two."""
+    smallest = _smallest(members, len(members) // 2 + 1)
+    return smallest[-1] if len(members) % 2 else (smallest[-2] + smallest[-1]) / 2
+
+
+def _smallest(members: Maps, count: int) -> list[Maps]:
+    """[N, ...] -> the `count` smallest of each place, the least first.
+
+    Whole maps are compared and exchanged, a bubble sort that stops early: of 5 members 20 times as fast as NumPy's
+    median, which goes across the maps place by place.
+    """
+    if len(members) > MOST_EXCHANGED:
+        return list(np.sort(members, axis=0)[:count])
+    maps = list(members.copy())
+    spare = np.empty_like(maps[0])
+    for place in range(count):
+        for at in range(len(maps) - 1, place, -1):
+            low, high = maps[at - 1], maps[at]
+            np.minimum(low, high, out=spare)
+            np.maximum(low, high, out=high)
+            maps[at - 1], spare = spare, low
+    return maps[:count]
 
 
 def _check(maps: Maps) -> None:

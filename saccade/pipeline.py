@@ -444,8 +444,8 @@ class _Run:
         completed = None
         if (hidden := coding.picture(planes)) is not None:
             painted = _to_uint8(np.stack([self.sized(plane) for plane in hidden]))
-            rgb = np.where(visible[..., None], image, painted)
-            completed = np.concatenate([rgb, whole[..., None] * np.uint8(255)], axis=-1)
+            painted[visible] = image[visible]
+            completed = np.dstack([painted, whole * np.uint8(255)])
         return replace(self.answer(whole, self.sized(spread)), completed=completed)
 
     def sized(self, plane: Array) -> Array:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -120,7 +119,7 @@ def document(answer: Answer, encoding: Encoding = "png16") -> dict[str, Any]:
         "timings_ms": {name: round(value, 3) for name, value in answer.timings_ms.items()},
         "prediction": _npy_map(prediction) if encoding == "npy" else _png_map(answer),
         "uncertainty": None if uncertainty is None else _uncertainty_map(uncertainty, encoding),
-        "completed": None if completed is None else _map("png", "png", _rgba(completed), 1.0, 0.0),
+        "completed": None if completed is None else _map("png", "png", formats.write_png(completed), 1.0, 0.0),
         **({} if answer.metres is None else {"metres": asdict(answer.metres)}),
         **({} if answer.plan is None else {"plan": asdict(answer.plan)}),
     }
@@ -172,7 +171,7 @@ def _png(answer: Answer, render: Render, picture: Picture | None) -> bytes:
     if render == "object":
         if answer.completed is None:
             raise InvalidInput(f"model {answer.model} paints no objects; use render data or color", param="render")
-        return _rgba(answer.completed)
+        return formats.write_png(answer.completed)
     return formats.write_png(coloured(answer, picture))
 
 
@@ -210,12 +209,6 @@ def _ground(picture: Picture | None, size: tuple[int, int]) -> Picture:
     if picture.shape[:2] == size:
         return picture
     return np.asarray(Image.fromarray(picture).resize(size[::-1], Image.Resampling.BICUBIC))
-
-
-def _rgba(picture: Picture) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(picture, "RGBA").save(out, "PNG")
-    return out.getvalue()
 
 
 def _npy(answer: Answer) -> bytes:

@@ -224,6 +224,16 @@ def test_two_members_are_uncertain_where_they_differ() -> None:
     assert uncertainty[20:30, 20:30].min() > 3 * uncertainty[35:, :10].max()
 
 
+@pytest.mark.parametrize("count", [*range(1, 12), 20, 64, 65, 90])
+def test_the_median_of_any_number_of_members_is_numpys(count: int) -> None:
+    maps = np.random.default_rng(count).integers(0, 12, (count, 40, 30)).astype(np.float32)
+    maps[:, 20:] += np.random.default_rng(count).standard_normal((count, 20, 30)).astype(np.float32)
+    merged, uncertainty = ensemble.reduce(maps, "median")
+    middle = np.median(maps, axis=0)
+    np.testing.assert_array_equal(merged, middle)
+    np.testing.assert_array_equal(uncertainty, np.median(abs(maps - middle), axis=0))
+
+
 def test_mean_and_median_of_depth_worked_by_hand() -> None:
     maps = np.array([1.0, 2.0, 6.0], np.float32).reshape(3, 1, 1)
     for reduction, expected, spread in (("mean", 3.0, np.sqrt(14 / 3)), ("median", 2.0, 1.0)):

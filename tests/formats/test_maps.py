@@ -110,7 +110,8 @@ def test_png_of_other_kinds_is_refused(mode: str) -> None:
         read_png(out.getvalue())
 
 
-@pytest.mark.parametrize("levels", [np.zeros((2, 2)), np.zeros((2, 2, 4), np.uint8), np.zeros((0, 2), np.uint8)])
+@pytest.mark.parametrize("levels", [np.zeros((2, 2)), np.zeros((2, 2, 2), np.uint8), np.zeros((0, 2), np.uint8),
+                                    np.zeros(4, np.uint8)])  # fmt: skip
 def test_png_needs_levels(levels: NDArray[Any]) -> None:
     with pytest.raises(ValueError, match="PNG"):
         write_png(levels)
