@@ -21,8 +21,9 @@ from training.weights import name_initializers
 log = logging.getLogger(__name__)
 OPSET = 20
 TORCHSCRIPT = "model.pt"
-EXTERNAL_ABOVE = 2**31 - 2**26
-"""Bytes of weights that still fit one protobuf file with the graph around them: 2 GB is its end."""
+EXTERNAL_ABOVE = 1536 * 2**20
+"""Bytes of weights that still fit one protobuf file with the graph around them: 2 GB is its end, and PyTorch's exporter
+moves constants of more than this out by itself."""
 DATA = ".data"
 
 
@@ -42,7 +43,7 @@ def write_onnx(
         )  # fmt: skip
     graph = onnx.load(file, load_external_data=False)
     forget_origin(graph)
-    if not external:
+    if not any(value.data_location == onnx.TensorProto.EXTERNAL for value in graph.graph.initializer):
         name_initializers(graph, module.state_dict())
     file.write_bytes(graph.SerializeToString())
 
