@@ -1,11 +1,13 @@
 """How near the machine's roof a request comes: forwards of the papers' a2, dense and of experts, and whole requests.
 
-    python -m bench.roof [--rounds 12] [--out docs/roof.md] [--edges 256 512] [--model a2]
+    python -m bench.roof [--rounds 8] [--out docs/roof.md] [--edges 256 512] [--model a2]
 
 Forwards: one denoising step at batch 1, with random weights, by eager torch, diffusers' DiTTransformer2DModel of the
 same shape (dense only), ONNX Runtime fp32, OpenVINO fp32 and the server's choice, each in a process of its own, turn
-about. The roof is the product of two square matrices of 2048 in the engine's precision, in the same process, before
-and after: the better one counts. Where the time goes is what OpenVINO's own counters say.
+about; and two ways that the server does not take: attention in bf16 too, and everything in bf16 by OpenVINO's hint. The
+error is the root mean square of the difference to eager torch, relative to its output's. The roof is the product of two
+square matrices of 2048 in the engine's precision, in the same process, before and after: the better one counts. Where
+the time goes is what OpenVINO's own counters say.
 
 Requests: one of each task at the same steps and members, through `saccade.pipeline`, phase by phase: the server's
 engine, ONNX Runtime fp32, eager torch one member at a time; for the default model and for the a2 of 256 px.
@@ -31,13 +33,15 @@ import torch
 
 from bench.gateway import EXAMPLES, PARTS
 from bench.machine import describe
+from saccade import render
 from saccade.backends import Backend, bf16
 from saccade.backends.embedded import Embedded
-from saccade.backends.engines import default_threads, has_bf16, open_engine
+from saccade.backends.engines import default_threads, has_bf16, open_engine, openvino_properties
 from saccade.formats import read_mask, read_picture
 from saccade.pipeline import Inputs, Options, Pipeline
 from saccade.repository import Repository, find_repository
 from saccade.tasks import TaskName
+from server import allocator
 from training.backend import TorchBackend
 from training.codecs import CodecConfig
 from training.cost import forward_macs
@@ -50,18 +54,21 @@ from training.perception import Perception, PerceptionConfig
 LABELS = {"depth": 0, "flow": 1, "amodal": 2}
 INPUTS = ("latent", "timestep", "task", "condition")
 ROOF = 2048
-TURNS = 3
+TURNS = 2
 Engine = tuple[str, str]
 EAGER, DIFFUSERS = ("torch eager", "fp32"), ("diffusers", "fp32")
+ATTENTION_TOO, HINT = "bf16, attention too", "bf16 by hint"
 
 
 @dataclass(frozen=True)
 class Forward:
-    """What one process measured: seconds of forwards, operations a second of the roof, seconds by kind of operation."""
+    """What one process measured: seconds of forwards, operations a second of the roof, seconds by kind of operation;
+    and what came out."""
 
     seconds: list[float]
     roof: float
     spent: dict[str, float]
+    output: np.ndarray
 
 
 def model_of(name: str, experts: bool) -> DiTConfig:
@@ -93,8 +100,9 @@ def exported(config: DiTConfig, repository: Path, edge: int) -> str:
 
 
 def engines(experts: bool) -> list[Engine]:
-    served = [("openvino", "bf16")] if has_bf16() else []
-    return [EAGER, *([] if experts else [DIFFUSERS]), ("onnxruntime", "fp32"), ("openvino", "fp32"), *served]
+    lowered = ("bf16", ATTENTION_TOO, HINT) if has_bf16() else ()
+    precisions = [("openvino", precision) for precision in ("fp32", *lowered)]
+    return [EAGER, *([] if experts else [DIFFUSERS]), ("onnxruntime", "fp32"), *precisions]
 
 
 def forward(config: DiTConfig, repository: Path, engine: Engine, edge: int, rounds: int) -> Forward:
@@ -104,12 +112,12 @@ def forward(config: DiTConfig, repository: Path, engine: Engine, edge: int, roun
     run, counters = runner(config, repository, engine)
     roofs = [roof(engine)]
     run(feeds), run(feeds)
-    seconds = []
+    output, seconds = run(feeds), []
     for _ in range(rounds):
         began = time.perf_counter()
         run(feeds)
         seconds.append(time.perf_counter() - began)
-    return Forward(seconds, max(*roofs, roof(engine)), counters(feeds))
+    return Forward(seconds, max(*roofs, roof(engine)), counters(feeds), np.asarray(output))
 
 
 Runner = Callable[[list[np.ndarray]], Any]
@@ -127,12 +135,54 @@ def runner(config: DiTConfig, repository: Path, engine: Engine) -> tuple[Runner,
 
         return eager, lambda feeds: {}
     file = Repository(repository).graph("measured")
+    if engine[1] in (ATTENTION_TOO, HINT):
+        request = compiled(file, engine[1])
+
+        def tried(feeds: list[np.ndarray]) -> Any:
+            return request.infer(dict(zip(INPUTS, feeds, strict=True)), share_inputs=True)[0]
+
+        return tried, lambda feeds: spent(file, engine, feeds)
     opened = open_engine(file, *engine, default_threads())
 
     def run(feeds: list[np.ndarray]) -> Any:
-        return opened.run(dict(zip(INPUTS, feeds, strict=True)))
+        return opened.run(dict(zip(INPUTS, feeds, strict=True)))["output"]
 
     return run, lambda feeds: spent(file, engine, feeds) if engine[0] == "openvino" else {}
+
+
+def compiled(file: Path, precision: str, **more: Any) -> Any:
+    """As the server compiles it, or as was tried."""
+    from openvino import Core
+
+    core, properties = Core(), openvino_properties(default_threads()) | more
+    model = core.read_model(str(file))
+    if precision == HINT:
+        properties["INFERENCE_PRECISION_HINT"] = "bf16"
+    elif precision != "fp32":
+        bf16.narrow(model)
+    if precision == ATTENTION_TOO:
+        narrow_attention(model)
+    return core.compile_model(model, "CPU", properties).create_infer_request()
+
+
+def narrow_attention(model: Any) -> None:
+    """Queries, keys and values to bf16, and the result back: both products and the softmax between them."""
+    from openvino import opset13 as ops
+
+    def lowered(value: Any) -> Any:
+        return ops.convert(value, "bf16").output(0)
+
+    for softmax in [op for op in model.get_ordered_ops() if op.get_type_name() == "Softmax"]:
+        logits, after = softmax.input_value(0).get_node(), next(iter(softmax.output(0).get_target_inputs())).get_node()
+        if (logits.get_type_name(), after.get_type_name()) != ("MatMul", "MatMul"):
+            continue
+        turned = logits.get_attributes()
+        product = ops.matmul(*map(lowered, logits.input_values()), turned["transpose_a"], turned["transpose_b"])
+        mixed = ops.matmul(ops.softmax(product, -1), lowered(after.input_value(1)), False, False)
+        result = ops.convert(mixed, "f32").output(0)
+        for consumer in list(after.output(0).get_target_inputs()):
+            consumer.replace_source_output(result)
+    model.validate_nodes_and_infer_types()
 
 
 class Theirs(torch.nn.Module):
@@ -158,7 +208,7 @@ class Theirs(torch.nn.Module):
 def roof(engine: Engine) -> float:
     """Operations a second of a square matrix product in the engine's precision."""
     if engine[0] == "openvino":
-        return _roof_openvino(engine[1])
+        return _roof_openvino("fp32" if engine[1] == "fp32" else "bf16")
     a = torch.randn(ROOF, ROOF)
     return 2 * ROOF**3 / min(_timed(lambda: a @ a) for _ in range(4))
 
@@ -171,20 +221,10 @@ def _roof_openvino(precision: str) -> float:
     weight = ops.constant(np.random.default_rng(0).standard_normal((ROOF, ROOF), np.float32))
     kind = "bf16" if precision == "bf16" else "f32"
     product = ops.matmul(ops.convert(given, kind), ops.convert(weight, kind), False, False)
-    compiled = Core().compile_model(Model([ops.convert(product, "f32")], [given], "roof"), "CPU", properties())
+    model = Model([ops.convert(product, "f32")], [given], "roof")
+    compiled = Core().compile_model(model, "CPU", openvino_properties(default_threads()))
     request, matrix = compiled.create_infer_request(), np.ones((ROOF, ROOF), np.float32)
     return 2 * ROOF**3 / min(_timed(lambda: request.infer([matrix], share_inputs=True)) for _ in range(5))
-
-
-def properties() -> dict[str, Any]:
-    """As `saccade.backends.engines` compiles."""
-    return {
-        "INFERENCE_PRECISION_HINT": "f32",
-        "PERFORMANCE_HINT": "LATENCY",
-        "NUM_STREAMS": 1,
-        "INFERENCE_NUM_THREADS": default_threads(),
-        "ENABLE_CPU_PINNING": False,
-    }
 
 
 def _timed(work: Callable[[], object]) -> float:
@@ -193,11 +233,12 @@ def _timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
+LINEAR, ATTENTION = "linear layers", "attention"
 KINDS = {
-    "FullyConnected": "linear layers",
-    "MatMul": "attention",
-    "Subgraph": "attention",
-    "Softmax": "attention",
+    "FullyConnected": LINEAR,
+    "MatMul": ATTENTION,
+    "Subgraph": ATTENTION,
+    "Softmax": ATTENTION,
     "Convert": "between precisions",
     "Transpose": "moving data",
     "Reorder": "moving data",
@@ -209,13 +250,7 @@ KINDS = {
 
 def spent(file: Path, engine: Engine, feeds: list[np.ndarray]) -> dict[str, float]:
     """Seconds of one forward by kind of operation, as OpenVINO's counters have them."""
-    from openvino import Core
-
-    core = Core()
-    model = core.read_model(str(file))
-    if engine[1] == "bf16":
-        bf16.narrow(model)
-    request = core.compile_model(model, "CPU", {**properties(), "PERF_COUNT": True}).create_infer_request()
+    request = compiled(file, engine[1], PERF_COUNT=True)
     for _ in range(3):
         request.infer(dict(zip(INPUTS, feeds, strict=True)))
     found: Counter[str] = Counter()
@@ -248,7 +283,7 @@ def forwards(name: str, edges: Sequence[int], rounds: int, told: Callable[[str],
                         if engine not in last or found.roof > last[engine].roof:
                             last[engine] = found
                 rows += _rows(label, edge, config, seconds, last)
-                where += _where(label, edge, last)
+                where += _where(label, edge, config, last)
     return rows, where
 
 
@@ -257,21 +292,34 @@ def _rows(
 ) -> list[str]:
     cells = edge // 8
     work, tokens = 2 * forward_macs(config, cells, cells), (cells // config.patch) ** 2
-    slowest = statistics.median(seconds[EAGER])
+    slowest, true = statistics.median(seconds[EAGER]), last[EAGER].output
     return [
         f"| {label}, {tokens} tokens | {' '.join(engine)} | {statistics.median(times) * 1e3:.1f} | "
         f"{slowest / statistics.median(times):.2f} | {work / statistics.median(times) / 1e9:.0f} | "
-        f"{last[engine].roof / 1e9:.0f} | {work / statistics.median(times) / last[engine].roof:.0%} |"
+        f"{last[engine].roof / 1e9:.0f} | {work / statistics.median(times) / last[engine].roof:.0%} | "
+        f"{'' if engine == DIFFUSERS else f'{_error(last[engine].output, true):.1e}'} |"
         for engine, times in seconds.items()
     ]
 
 
-def _where(label: str, edge: int, last: dict[Engine, Forward]) -> list[str]:
+def _error(found: np.ndarray, true: np.ndarray) -> float:
+    return float(np.sqrt(np.mean((found - true) ** 2) / np.mean(true**2)))
+
+
+def _where(label: str, edge: int, config: DiTConfig, last: dict[Engine, Forward]) -> list[str]:
+    cells = edge // 8
+    tokens = (cells // config.patch) ** 2
+    attention = 4 * config.depth * tokens**2 * config.width
+    linear = 2 * forward_macs(config, cells, cells) - attention
     rows = []
     for engine, found in last.items():
         if total := sum(found.spent.values()):
             parts = ", ".join(f"{kind} {s / total:.0%}" for kind, s in Counter(found.spent).most_common())
-            rows.append(f"| {label}, {edge} px | {engine[1]} | {parts} |")
+            linear_rate, attention_rate = linear / found.spent[LINEAR], attention / found.spent[ATTENTION]
+            rows.append(
+                f"| {label}, {tokens} tokens | {engine[1]} | {parts} | {linear_rate / 1e9:.0f} "
+                f"({linear_rate / found.roof:.0%} of the roof) | {attention_rate / 1e9:.0f} |"
+            )
     return rows
 
 
@@ -289,10 +337,14 @@ async def phases(backend: Backend, task: TaskName, options: Options, rounds: int
     for turn in range(rounds + 1):
         began = time.perf_counter()
         answer = await pipeline(inputs, options.resolve(pipeline.card, task))
+        answered = time.perf_counter()
+        await asyncio.to_thread(render.encode, answer, "png")
+        ended = time.perf_counter()
         if turn:
             for phase in ("encode", "denoise", "decode", "ensemble"):
                 found[phase].append(answer.timings_ms[phase])
-            found["total"].append((time.perf_counter() - began) * 1e3)
+            found["write"].append((ended - answered) * 1e3)
+            found["all"].append((ended - began) * 1e3)
     return {phase: statistics.median(times) for phase, times in found.items()}
 
 
@@ -317,9 +369,9 @@ def requests(name: str, edge: int, default: Path, rounds: int, told: Callable[[s
                     )
                     said = "torch eager" if engine == EAGER else f"{backend.engine} {backend.precision}"
                     times = asyncio.run(_asked(backend, task, options, rounds))
-                    rows.append(
-                        f"| {label} | {task} | {said} | " + " | ".join(f"{t:.0f}" for t in times.values()) + " |"
-                    )
+                    cells = " | ".join(f"{ms:.0f}" for ms in times.values())
+                    share = (times["ensemble"] + times["write"]) / times["all"]
+                    rows.append(f"| {label} | {task} | {said} | {cells} | {share:.1%} |")
     return rows
 
 
@@ -331,6 +383,7 @@ async def _asked(backend: Backend, task: TaskName, options: Options, rounds: int
 
 
 def bench(name: str, edges: Sequence[int], default: Path, rounds: int, told: Callable[[str], None]) -> str:
+    allocator.settle()  # as the server does
     rows, where = forwards(name, edges, rounds, told)
     asked = requests(name, min(edges), default, max(3, rounds // 3), told)
     return "\n".join(
@@ -339,20 +392,20 @@ def bench(name: str, edges: Sequence[int], default: Path, rounds: int, told: Cal
             "matrix products (`training.cost`), over the whole time.",
             f"Machine: {describe('onnxruntime', 'openvino', 'torch', 'diffusers')}.",
             "",
-            "| model | engine | ms | times as fast as eager torch | GFLOP/s | roof, GFLOP/s | share of the roof |",
-            "|---|---|---|---|---|---|---|",
+            "| model | engine | ms | times as fast as eager torch | GFLOP/s | roof, GFLOP/s | share of roof | error |",
+            "|---|---|---|---|---|---|---|---|",
             *rows,
             "",
             "## Where the time goes (OpenVINO's counters)",
             "",
-            "| model | precision | share of the time |",
-            "|---|---|---|",
+            "| model | precision | share of the time | linear layers, GFLOP/s | attention, GFLOP/s |",
+            "|---|---|---|---|---|",
             *where,
             "",
             f"## One request: 4 steps, 4 members, {min(edges)} px, milliseconds",
             "",
-            "| model | task | engine | encode | denoise | decode | ensemble | total |",
-            "|---|---|---|---|---|---|---|---|",
+            "| model | task | engine | encode | denoise | decode | ensemble | write PNG | all | merging and writing |",
+            "|---|---|---|---|---|---|---|---|---|---|",
             *asked,
         ]
     )
@@ -363,7 +416,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repository", type=Path)
     parser.add_argument("--model", default="a2")
     parser.add_argument("--edges", type=int, nargs="+", default=[256, 512], help="pixels")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
 

@@ -25,7 +25,8 @@ STEPS = {1: 0.30, 2: 0.25, 5: 0.20, 10: 0.13, 20: 0.08, 50: 0.04}
 MEMBERS = {1: 0.60, 2: 0.20, 5: 0.13, 10: 0.07}
 EDGES = {128: 0.4, 192: 0.3, 256: 0.3}
 SHARES: dict[TaskName, float] = {"depth": 0.4, "flow": 0.3, "amodal": 0.3}
-PROBES = ((1, 1), (5, 1), (1, 5))
+MANY_STEPS, MANY_MEMBERS = 20, 10
+PROBES = ((1, 1), (MANY_STEPS, 1), (1, MANY_MEMBERS))
 """Steps and members of the requests that are timed: what one costs follows from what these do."""
 
 
@@ -95,8 +96,8 @@ class Costs:
         for task in SHARES:
             for edge in EDGES:
                 seconds = [await self._seconds(pipeline, Shape(task, edge, *probe), rounds) for probe in PROBES]
-                step = max(1e-5, (seconds[1] - seconds[0]) / 4)
-                member = max(0.0, (seconds[2] - seconds[0]) / 4 - step)
+                step = max(1e-5, (seconds[1] - seconds[0]) / (MANY_STEPS - 1))
+                member = max(0.0, (seconds[2] - seconds[0]) / (MANY_MEMBERS - 1) - step)
                 self._of[task, edge] = (max(1e-5, seconds[0] - step - member), step, member)
                 tell(f"{task} at {edge} px: alone {seconds[0] * 1e3:.0f} ms, a step {step * 1e3:.1f} ms")
 

@@ -4,6 +4,7 @@ merging and writing were seen to take."""
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -83,12 +84,14 @@ class Planner:
         longest_s: float = float("inf"),
         written_as: str = "",
         steadily: bool = False,
+        decoded: bool = False,
     ) -> tuple[Resolved, Spend | None]:
         """What is to be computed of a request that came at `arrived` (event loop's seconds), and how far; None: all of
         it, come what may.
 
         It asks as many questions as it has shapes, and `steadily` the flow between each two as well. `longest_s`: the
-        most that any request may take. `written_as`: the file that the answer becomes. Raises InvalidInput.
+        most that any request may take. `written_as`: the file that the answer becomes. `decoded`: its pictures need not
+        be read any more. Raises InvalidInput.
         """
         if not dial.dialled(options):
             return resolved, None
@@ -98,7 +101,7 @@ class Planner:
         deadline, forecast = None, None
         if options.budget_ms is not None:
             deadline = arrived + min(options.budget_ms / 1e3, longest_s)
-            forecast = self.forecast(lane, card, task, resolved, shapes, deadline)
+            forecast = self.forecast(lane, card, task, resolved, shapes, deadline, decoded)
             gone_s = asyncio.get_running_loop().time() - arrived
             flows_s = self._flows_s(forecast, card, resolved) if steadily else 0.0
             forecast = replace(forecast, finish_s=forecast.finish_s + gone_s + reserve_s + flows_s)
@@ -136,22 +139,24 @@ class Planner:
         resolved: Resolved,
         shapes: Sequence[Shape],
         deadline: float,
+        decoded: bool = False,
     ) -> Forecast:
         """Of all questions: the largest one's figures, as often as there are shapes."""
         largest = max(shapes, key=lambda shape: shape.model_px)
         pixels, count = largest.model_px, len(shapes)
         pace, wait_s = (lane.pace, self._wait_s(lane, pixels, deadline)) if isinstance(lane, Lane) else (Pace(), 0.0)
         runs, at_once = len(card.tasks[task].labels), pace.batch_size * pace.concurrency
-        merging = _merging(resolved)
+        merging, rows = _merging(resolved), max(1, at_once // runs)
+        read_s = 0.0 if decoded else self.seconds(f"read {task}", sum(shape.source_px for shape in shapes))
         return Forecast(
             wait_s=wait_s,
             encode_s=pace.batch_s("encode", pixels),
-            step_s=pace.batch_s("denoise", pixels) * runs / at_once,
+            step_s=pace.batch_s("denoise", pixels) * math.ceil(rows * runs / at_once) / rows,
             decode_s=pace.batch_s("decode", pixels) * runs / pace.concurrency,
             merge_s=self._learnt[merging].rate * pixels / 1e6,
             settle_s=self.seconds(merging, largest.source_px),
-            finish_s=self.seconds(f"read {task}", sum(shape.source_px for shape in shapes)),
-            rows=max(1, at_once // runs),
+            finish_s=read_s,
+            rows=rows,
             questions=count,
         )
 

@@ -20,7 +20,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from saccade import __version__
 from saccade.errors import SaccadeError
-from server import drain, logs, openapi, problems, routes, tls, tracing, v2, walls
+from server import allocator, drain, logs, openapi, problems, routes, tls, tracing, v2, walls
 from server.alias import Opener
 from server.jobs import routes as job_routes
 from server.jobs.runner import Jobs
@@ -113,6 +113,7 @@ def serve(settings: Settings) -> None:
     """
     signal.signal(signal.SIGTERM, _leave)  # at once: by itself it does nothing to the first process of a container
     logs.install(settings.log_level, settings.log_format)
+    logger.info("memory: %s", allocator.settle())
     _check_temporary_folder()
     listener = _listen(settings.host, settings.port)
     try:

@@ -35,6 +35,7 @@ def planned(house: Service, job: Job, rows: Rows) -> Job:
         longest_s=job.longest_s,
         written_as=_written_as(job),
         steadily=job.several is not None and job.several.steady,
+        decoded=job.several is not None and job.several.clip is not None,
     )
     ticket = house.planner.ticket(model.card, job.task, options, spend, shapes, job.client, job.weight)
     return replace(job, options=options, spend=spend, ticket=ticket)

@@ -16,6 +16,7 @@ from saccade.card import Card
 
 ENTRY_BYTES = 1024
 """What an entry takes beside what it holds."""
+LOOK_AGAIN_S = 0.05
 Outcome = Literal["hit", "miss"]
 T = TypeVar("T")
 
@@ -90,7 +91,9 @@ class Remembering:
             leader, coming = other
             if self._worth_encoding_again(image, ticket, leader):
                 return await self._lane.encode(image, prompt, task, ticket)
-            if (found := await asyncio.shield(coming)) is not None:
+            encoding_s = self.pace.row_s("encode", image.shape[-2] * image.shape[-1])
+            await asyncio.wait({coming}, timeout=max(LOOK_AGAIN_S, encoding_s))
+            if coming.done() and (found := coming.result()) is not None:
                 self._kept.get(key)
                 return _unneeded(found, image, ticket)
         if (kept := self._kept.get(key)) is not None:

@@ -26,7 +26,7 @@ def of(job: Job, settings: Settings) -> str | None:
     wanted, card = job.wanted, job.model.card
     if wanted.options.budget_ms is not None or not card.digest:
         return None
-    arithmetic = (__version__, settings.backend, *job.model.arithmetic, job.model.stepping.batch_size)
+    arithmetic = (__version__, settings.backend, *job.model.engine.values(), job.model.stepping.batch_size)
     asked = (job.task, card.name, card.digest, job.options, wanted.options.quality, wanted.options.target_uncertainty)
     shown = (job.format, wanted.render, wanted.encoding if job.format == "json" else None, wanted.known_depths)
     frames = (job.several and job.several.steady, wanted.frames_stride, wanted.frames_limit)

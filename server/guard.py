@@ -71,7 +71,7 @@ class Guard:
 
     @property
     def exhausted(self) -> bool:
-        return self._left(self.nearest) <= 0
+        return self._left(self.nearest) <= 0 and not (self._trim() and self._left(self.nearest) > 0)
 
     def check(self, more: int = 0) -> None:
         """Raises Problem if `more` bytes do not fit now."""

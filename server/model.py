@@ -53,11 +53,11 @@ class Model:
         return self.card.name
 
     @property
-    def arithmetic(self) -> tuple[str, ...]:
-        """What decides the answers' last digits: engine and precision, where the model runs in this process."""
-        return tuple(
-            str(getattr(self._backend, name)) for name in ("engine", "precision") if hasattr(self._backend, name)
-        )
+    def engine(self) -> Mapping[str, str]:
+        """Engine, precision and threads, which decide the answers' last digits too; nothing where the model runs in
+        another process."""
+        names = ("engine", "precision", "threads")
+        return {name: str(getattr(self._backend, name)) for name in names if hasattr(self._backend, name)}
 
     @property
     def endpoints(self) -> Mapping[str, str]:

@@ -36,5 +36,6 @@ def _embedded(settings: Settings, model: str | None) -> Embedded:
         precision=settings.precision,
         threads=settings.threads,
     )
-    logger.info("%s runs on %s in %s", embedded.card.name, embedded.engine, embedded.precision)
+    told = (embedded.card.name, embedded.engine, embedded.precision, embedded.threads)
+    logger.info("%s runs on %s in %s, threads: %d", *told)
     return embedded

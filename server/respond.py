@@ -50,9 +50,10 @@ async def respond(
         job = replace(job, longest_s=patience_s - min(1.0, patience_s / 4))
         tag = await house.in_thread(lambda: etag.of(job, house.settings)) if house.answers.limit else None
         if tag is not None:
-            known = house.answers.get(tag)
+            told_at_once = watch is None or job.several is None  # the stream of several has each as it comes
+            known = house.answers.get(tag) if told_at_once else None
             etag.check(request.headers.getlist("if-none-match"), tag, known is not None)
-            if known is not None and (watch is None or job.several is None):
+            if known is not None:
                 return _again(known, job, began, watch)
         answer, encoded = await _result(house, request, job, watch, patience_s)
     headers = _headers(answer)

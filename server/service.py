@@ -252,6 +252,12 @@ class Service:
             lambda: [(m.name, address, state) for m in alias.open for address, state in m.endpoints.items()],
         )
         self.metrics.info(
+            "saccade_engine_info",
+            "What multiplies for a model of this process, in which precision, on how many threads.",
+            ("model", "engine", "precision", "threads"),
+            lambda: [(m.name, *m.engine.values()) for m in alias.open if m.engine],
+        )
+        self.metrics.info(
             "saccade_model_info",
             "The model that serves, and one that leaves and ends its last requests.",
             ("model", "digest", "state"),

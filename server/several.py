@@ -119,7 +119,10 @@ async def rows(house: Service, job: Job, several: Several) -> list[tuple[Size, .
 
 async def compute(house: Service, job: Job, several: Several, watch: Witness | None) -> tuple[Answer, Encoded]:
     """All answers as one file; and the first of them, with the time that all took."""
+    began = time.perf_counter()
     asked = await house.in_thread(lambda: _questions(house, job.task, several))
+    if several.clip is None:
+        budgets.read(house, job, asked, began)
     seen = await house.ask(job, asked, watch, several.clip.fps if several.clip else None)
     # A film takes a while to write too. It has been admitted, and may wait.
     run = house.clips.run if job.format == "mp4" else house.in_thread

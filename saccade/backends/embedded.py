@@ -18,13 +18,14 @@ class Embedded(Graphs):
     """Three compiled graphs and one worker thread: calls run one after another, each on all of the engine's threads.
 
     The event loop stays free meanwhile. A call that is cancelled before its turn never runs.
-    `engine` and `precision` say what 'auto' came to; the decoder is always fp32, it is tiny.
+    `engine`, `precision` and `threads` say what was chosen; the decoder is always fp32, it is tiny.
     """
 
-    def __init__(self, card: Card, engines: Mapping[Part, Engine], engine: str, precision: str) -> None:
+    def __init__(self, card: Card, engines: Mapping[Part, Engine], engine: str, precision: str, threads: int) -> None:
         super().__init__(card, engines)
         self.engine = engine
         self.precision = precision
+        self.threads = threads
         self._engines = engines
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="saccade-embedded")
 
@@ -46,14 +47,15 @@ class Embedded(Graphs):
         card = repository.card(model or repository.default())
         repository.verify(card)
         engine, precision = choose(engine, precision)
+        threads = threads or default_threads()
         parts = names(card)
 
         def compiled(part: Part) -> Engine:
             own = "fp32" if part == "decoder" else precision
-            return open_engine(repository.graph(parts[part]), engine, own, threads or default_threads())
+            return open_engine(repository.graph(parts[part]), engine, own, threads)
 
         with ThreadPoolExecutor(len(parts)) as pool:  # most of a start is compiling
-            return cls(card, dict(zip(parts, pool.map(compiled, parts), strict=True)), engine, precision)
+            return cls(card, dict(zip(parts, pool.map(compiled, parts), strict=True)), engine, precision, threads)
 
     async def run(self, part: Part, feeds: Feeds) -> Results:
         try:

@@ -98,14 +98,7 @@ class OpenVino:
             self.inputs = {port.any_name: _ov_port(port) for port in model.inputs}
             self.outputs = {port.any_name: _ov_port(port) for port in model.outputs}
             self.lowered = bf16.narrow(model) if precision == "bf16" else 0
-        properties = {
-            "INFERENCE_PRECISION_HINT": "f32",
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": 1,
-            "INFERENCE_NUM_THREADS": threads,
-            "ENABLE_CPU_PINNING": False,  # several processes of one machine would pin to the same cores
-        }
-        self._request = core.compile_model(model, "CPU", properties).create_infer_request()
+        self._request = core.compile_model(model, "CPU", openvino_properties(threads)).create_infer_request()
         self._one_at_a_time = threading.Lock()
         log.debug("%s: %d layers in bf16", "/".join(file.parts[-3:]), self.lowered)
 
@@ -114,6 +107,17 @@ class OpenVino:
         with self._one_at_a_time:
             results = self._request.infer(whole, share_inputs=True)
         return dict(zip(self.outputs, results.to_tuple(), strict=True))
+
+
+def openvino_properties(threads: int) -> dict[str, Any]:
+    """How every graph is compiled: precision is the graph's own (see `saccade.backends.bf16`)."""
+    return {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "INFERENCE_NUM_THREADS": threads,
+        "ENABLE_CPU_PINNING": False,  # several processes of one machine would pin to the same cores
+    }
 
 
 def _openvino() -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from heapq import heappop, heappush
 from itertools import accumulate, count
-from typing import Protocol
 
 from saccade.backends.pace import Pace
 from saccade.backends.ticket import Ticket
@@ -14,56 +13,42 @@ STRETCH = 3.0
 PATIENCE = 32
 
 
-class Order(Protocol):
-    """Decides which request goes next. All times are in seconds of one clock.
+class Order:
+    """Decides which request goes next. All times are in seconds of one clock."""
 
-    `idle` where nothing is known, before somebody comes. `came` once for every ticket, before anything else of it is
-    asked. `turn` for every batch that is made: its first
-    row is the first ticket's, and the others follow as long as their rows may join; with `in_turn` they give one row
-    each and begin again, else each gives what it has. `took` for every row that is taken.
-    """
-
-    in_turn: bool
+    in_turn = False
+    """Whether every ticket of a `turn` gives one row, and then they begin again; else each gives what it has."""
 
     def idle(self) -> None:
         """Nobody is there: what is remembered of those that were is settled."""
-        ...
 
-    def came(self, ticket: Ticket, now: float, pace: Pace) -> None: ...
+    def came(self, ticket: Ticket, now: float, pace: Pace) -> None:
+        """Once for every ticket, before anything else of it is asked."""
 
     def rank(self, tickets: Sequence[Ticket], now: float, pace: Pace) -> list[Ticket]:
         """The order they would be served in. Changes nothing."""
-        ...
+        raise NotImplementedError
 
     def turn(self, tickets: Sequence[Ticket], now: float, pace: Pace) -> list[Ticket]:
-        """The order for the batch that is made now."""
-        ...
+        """For every batch that is made: its first row is the first ticket's, and the others follow as long as their
+        rows may join."""
+        return self.rank(tickets, now, pace)
 
-    def took(self, ticket: Ticket) -> None: ...
+    def took(self, ticket: Ticket) -> None:
+        """For every row that is taken."""
+
+    def left(self, ticket: Ticket, now: float, pace: Pace) -> None:
+        """A ticket is given back, done or not."""
 
 
-class FirstCome:
+class FirstCome(Order):
     """The request first whose row has waited longest."""
-
-    in_turn = False
-
-    def idle(self) -> None:
-        pass
-
-    def came(self, ticket: Ticket, now: float, pace: Pace) -> None:
-        pass
 
     def rank(self, tickets: Sequence[Ticket], now: float, pace: Pace) -> list[Ticket]:
         return sorted(tickets, key=lambda ticket: ticket.oldest_row)
 
-    def turn(self, tickets: Sequence[Ticket], now: float, pace: Pace) -> list[Ticket]:
-        return self.rank(tickets, now, pace)
 
-    def took(self, ticket: Ticket) -> None:
-        pass
-
-
-class RoundRobin:
+class RoundRobin(Order):
     """One row each, in turn: a request of twenty members gets as much as a request of one."""
 
     in_turn = True
@@ -71,29 +56,23 @@ class RoundRobin:
     def __init__(self) -> None:
         self._numbers = count()
 
-    def idle(self) -> None:
-        pass
-
     def came(self, ticket: Ticket, now: float, pace: Pace) -> None:
         ticket.turn = next(self._numbers)
 
     def rank(self, tickets: Sequence[Ticket], now: float, pace: Pace) -> list[Ticket]:
         return sorted(tickets, key=lambda ticket: ticket.turn)
 
-    def turn(self, tickets: Sequence[Ticket], now: float, pace: Pace) -> list[Ticket]:
-        return self.rank(tickets, now, pace)
-
     def took(self, ticket: Ticket) -> None:
         ticket.turn = next(self._numbers)
 
 
-class _Soft:
+class _Soft(Order):
     """Gives a request without a deadline a soft one, by weighted fair queueing.
 
     A client's request starts, as far as the order is concerned, where the client's last one finished by its share of
     the machine, which is its weight among those of all clients that are not done by theirs: start = max(now, finish),
-    finish = start + work / share. It is wanted by then, but not before `stretch` times what it takes alone. Requests of
-    nobody start now.
+    finish = start + work / share. It is wanted by then, but not before `stretch` times what it takes alone. What is
+    called off is taken back from the client's finish, for those that come after. Requests of nobody start now.
     """
 
     def __init__(self, stretch: float = STRETCH) -> None:
@@ -111,24 +90,25 @@ class _Soft:
             self._busy = {client: busy for client, busy in self._busy.items() if busy[0] > now}
             ticket.starts, _ = self._busy.get(ticket.client, (now, 0.0))
             others = sum(weight for client, (_, weight) in self._busy.items() if client != ticket.client)
-            finish = ticket.starts + work * (1 + others / ticket.weight)
+            ticket.charged_s, ticket.share = work, 1 / (1 + others / ticket.weight)
+            finish = ticket.starts + work / ticket.share
+            ticket.ends = finish
             self._busy[ticket.client] = finish, ticket.weight
         ticket.soft = max(finish, ticket.starts + self.stretch * alone)
 
-    def took(self, ticket: Ticket) -> None:
-        pass
+    def left(self, ticket: Ticket, now: float, pace: Pace) -> None:
+        if ticket.client in self._busy:
+            finish, weight = self._busy[ticket.client]
+            called_off_s = max(0.0, ticket.charged_s - ticket.ran_s(pace)) / ticket.share
+            still_charged_s = max(0.0, ticket.ends - max(now, ticket.starts))
+            self._busy[ticket.client] = finish - min(called_off_s, still_charged_s), weight
 
 
 class ByDeadline(_Soft):
     """The earliest deadline first, met or not."""
 
-    in_turn = False
-
     def rank(self, tickets: Sequence[Ticket], now: float, pace: Pace) -> list[Ticket]:
         return sorted(tickets, key=lambda ticket: (ticket.due, _age(ticket)))
-
-    def turn(self, tickets: Sequence[Ticket], now: float, pace: Pace) -> list[Ticket]:
-        return self.rank(tickets, now, pace)
 
 
 class Dial(_Soft):
@@ -143,8 +123,6 @@ class Dial(_Soft):
     or soft, is past. From its deadline on a request therefore waits for at most `patience` times the work of those that
     came before it, whatever comes after it.
     """
-
-    in_turn = False
 
     def __init__(self, stretch: float = STRETCH, patience: int = PATIENCE) -> None:
         super().__init__(stretch)

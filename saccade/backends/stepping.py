@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from itertools import count
 from typing import Any, Protocol
 
@@ -16,12 +15,12 @@ from numpy.typing import NDArray
 
 from saccade.backends import Array, Backend, Conditioning, Labels, Ticket
 from saccade.backends.knee import WarmUp
+from saccade.backends.lines import Lines, Row, Tensors
 from saccade.backends.order import Dial, Order
 from saccade.backends.pace import Kind, Pace
 from saccade.card import Card
 from saccade.errors import BackendUnavailable, ModelError
 
-Tensors = Mapping[str, NDArray[Any]]
 Observer = Callable[[str, int, float], None]
 
 
@@ -35,26 +34,6 @@ class Tracer(Protocol):
     def batch(self, kind: Kind, callers: Sequence[object]) -> AbstractContextManager[None]:
         """Surrounds a batch; `callers` has what `here` said for each of its rows."""
         ...
-
-
-@dataclass(eq=False)
-class _Row:
-    """One sample of one call, on its way through the lane."""
-
-    kind: Kind
-    feeds: Tensors
-    ticket: Ticket
-    result: asyncio.Future[Tensors]
-    number: int
-    pixels: int
-    caller: object = None
-    batch: list[_Row] = field(default_factory=list)
-    work: asyncio.Task[None] | None = None
-
-    @cached_property
-    def key(self) -> tuple[object, ...]:
-        """Rows of one key may share a batch: the same graph at the same sizes."""
-        return self.kind, *((name, value.shape) for name, value in self.feeds.items())
 
 
 class Stepping:
@@ -95,7 +74,7 @@ class Stepping:
         self.pace = Pace(self._batch_size, concurrency)
         self.order: Order = Dial() if order is None else order
         self._numbers = count()
-        self._lines: dict[int, deque[_Row]] = {}
+        self._lines = Lines()
         self._placed: dict[int, Ticket] = {}
         self._concurrency = concurrency
         self._batches: set[asyncio.Task[None]] = set()
@@ -114,7 +93,7 @@ class Stepping:
     @property
     def waiting(self) -> int:
         """Rows that wait for a batch."""
-        return sum(map(len, self._lines.values()))
+        return len(self._lines)
 
     @property
     def running(self) -> int:
@@ -129,7 +108,7 @@ class Stepping:
     @property
     def waiting_tickets(self) -> int:
         """Requests of which a row waits."""
-        return len(self._lines)
+        return len(self._lines.tickets)
 
     @property
     def busy(self) -> bool:
@@ -170,6 +149,7 @@ class Stepping:
             yield
         finally:
             del self._placed[id(ticket)]
+            self.order.left(ticket, self._now(), self.pace)
 
     async def start(self) -> None:
         """Run every graph once, so that the first caller does not pay for it; measure the knee if it was not given."""
@@ -191,8 +171,8 @@ class Stepping:
         """Refuse what waits and what comes, let running batches end, close the backend. Cancelled, it gives the batches
         up and closes the backend all the same."""
         self._closed = True
-        for row in [row for line in self._lines.values() for row in line]:
-            self._withdraw(row)
+        for row in list(self._lines):
+            self._lines.withdraw(row)
             if not row.result.done():
                 row.result.set_exception(_closing())
         try:
@@ -213,34 +193,20 @@ class Stepping:
         cut = [{name: value[i : i + 1] for name, value in feeds.items()} for i in range(count)]
         caller = None if self._tracer is None else self._tracer.here()
         pixels = self._pixels(kind, feeds)
-        rows = [_Row(kind, one, ticket, loop.create_future(), next(self._numbers), pixels, caller) for one in cut]
+        rows = [Row(kind, one, ticket, loop.create_future(), next(self._numbers), pixels, caller) for one in cut]
         for row in rows:
-            self._lines.setdefault(id(ticket), deque()).append(row)
-            ticket.enqueue(kind, pixels)
+            self._lines.add(row)
         loop.call_soon(self._pump)  # after the others that are ready now, so that they share the batch
         try:
             results = [await row.result for row in rows]
         finally:
             for row in rows:
-                self._withdraw(row)
+                self._lines.withdraw(row)
                 row.result.cancel()  # a failure that is not the first one needs no log, and gets none
             for row in rows:
                 if row.work is not None and all(other.result.done() for other in row.batch):
                     row.work.cancel()  # nobody waits for it any more
         return {name: _join([result[name] for result in results]) for name in results[0]}
-
-    def _withdraw(self, row: _Row) -> None:
-        """Take a row out of its line, if it is still there."""
-        line = self._lines.get(id(row.ticket), ())
-        if row in line:
-            self._leave_line(row)
-            row.ticket.drop(row.kind, row.pixels)
-
-    def _leave_line(self, row: _Row) -> None:
-        line = self._lines[id(row.ticket)]
-        line.remove(row)
-        if not line:
-            del self._lines[id(row.ticket)]
 
     def _pump(self) -> None:
         """Start batches while there are rows and slots."""
@@ -256,7 +222,7 @@ class Stepping:
             self._batches.add(task)
             task.add_done_callback(partial(self._ended, batch))
 
-    def _ended(self, batch: list[_Row], task: asyncio.Task[None]) -> None:
+    def _ended(self, batch: list[Row], task: asyncio.Task[None]) -> None:
         """A callback and no `finally`: a task that is cancelled before its first step runs none."""
         self._batches.discard(task)
         self._fail(batch, BackendUnavailable("the batch was called off"))
@@ -268,25 +234,26 @@ class Stepping:
         self._free += 1
         self._pump()
 
-    def _take(self) -> list[_Row]:
+    def _take(self) -> list[Row]:
         """The next batch's rows, in order."""
         steps_only = self._keeps_the_last_slot()
-        ready = [line[0].ticket for line in self._lines.values() if _first(line, None, steps_only)]
+        ready = self._lines.ready(steps_only)
         if not ready:
             return []
         now = self._now()
         for ticket in ready:
-            ticket.oldest_row = self._lines[id(ticket)][0].number
             self._come(ticket)
-        turn = deque(self.order.turn(ready, now, self.pace))
-        batch: list[_Row] = []
+        # A turn that is for steps alone passes nobody over: those with something else wait for a slot of their own.
+        decide = self.order.rank if steps_only else self.order.turn
+        turn = deque(decide(ready, now, self.pace))
+        batch: list[Row] = []
         while turn:
             ticket = turn.popleft()
-            row = _first(self._lines.get(id(ticket), ()), batch[0] if batch else None, steps_only)
+            row = self._lines.first(ticket, batch[0] if batch else None, steps_only)
             if row is None:
                 continue
             batch.append(row)
-            self._leave_line(row)
+            self._lines.take(row)
             self.order.took(ticket)
             if row.kind != "denoise" or len(batch) == self._batch_size:
                 break
@@ -300,8 +267,7 @@ class Stepping:
         """Whether the only free slot of several is for a step: one waits and none runs."""
         if self._concurrency == 1 or self._free > 1 or self._batches_of["denoise"]:
             return False
-        waiting = (row for line in self._lines.values() for row in line)
-        return any(row.kind == "denoise" and not row.result.cancelled() for row in waiting)
+        return self._lines.steps_wait
 
     def _come(self, ticket: Ticket) -> None:
         """Told to the order once, when something of it is known to be ahead."""
@@ -313,7 +279,7 @@ class Stepping:
 
     def _known(self) -> list[Ticket]:
         """Tickets in place, and others of which a row waits."""
-        waiting = {key: line[0].ticket for key, line in self._lines.items()}
+        waiting = {id(ticket): ticket for ticket in self._lines.tickets}
         return list((self._placed | waiting).values())
 
     def _now(self) -> float:
@@ -324,7 +290,7 @@ class Stepping:
         shape = feeds["image" if kind == "encode" else "latent"].shape
         return int(shape[-2] * shape[-1]) * (1 if kind == "encode" else self.card.latent.stride**2)
 
-    async def _work(self, batch: list[_Row]) -> None:
+    async def _work(self, batch: list[Row]) -> None:
         began = self._now()
         try:
             with self._traced(batch):
@@ -345,23 +311,23 @@ class Stepping:
             if self._observer is not None:
                 self._observer(batch[0].kind, len(batch), seconds)
 
-    def _traced(self, batch: list[_Row]) -> AbstractContextManager[None]:
+    def _traced(self, batch: list[Row]) -> AbstractContextManager[None]:
         if self._tracer is None:
             return nullcontext()
         return self._tracer.batch(batch[0].kind, [row.caller for row in batch])
 
-    async def _one_by_one(self, batch: list[_Row]) -> None:
+    async def _one_by_one(self, batch: list[Row]) -> None:
         """A batch that the model cannot run, again in batches of one row: one that spoils it spoils its own alone."""
         for row in batch:
             if not row.result.done():
                 await self._work([row])
 
-    def _fail(self, batch: list[_Row], error: Exception) -> None:
+    def _fail(self, batch: list[Row], error: Exception) -> None:
         for row in batch:
             if not row.result.done():
                 row.result.set_exception(error)
 
-    def _fill(self, batch: list[_Row]) -> Tensors:
+    def _fill(self, batch: list[Row]) -> Tensors:
         """The rows as one batch, of `batch_size` rows for the denoiser."""
         missing = self._batch_size - len(batch) if batch[0].kind == "denoise" else 0
         rows = [*batch, *[batch[0]] * missing]
@@ -378,15 +344,6 @@ class Stepping:
                 return {"output": await self._backend.denoise(latent, timestep, task, conditioning, ticket)}
             case "decode":
                 return {"output": await self._backend.decode(feeds["latent"], ticket)}
-
-
-def _first(line: Iterable[_Row], head: _Row | None, steps_only: bool) -> _Row | None:
-    """The oldest row that somebody waits for and that may join `head`."""
-    for row in line:
-        may_run = not row.result.cancelled() and (row.kind == "denoise" or not steps_only)
-        if may_run and (head is None or row.key == head.key):
-            return row
-    return None
 
 
 def _join(arrays: list[NDArray[Any]]) -> NDArray[Any]:

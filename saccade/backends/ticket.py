@@ -31,7 +31,8 @@ class Ticket:
     `deadline`: when its answer is wanted, in seconds of the event loop's clock; None: as soon as possible. `client`:
     who shares among their requests what a client gets; None: nobody. A client of twice the `weight` gets twice as much.
     `elastic`: at its deadline it is content with what there is by then. The order of the lane keeps `soft`, the
-    deadline that it goes by where there is none, `starts`, `arrived`, `turn` and `oldest_row`.
+    deadline that it goes by where there is none, `starts`, `ends`, `charged_s`, `share`, `arrived`, `turn` and
+    `oldest_row`.
 
     `expect` and `plan` say what is ahead; rows that ran or were withdrawn are taken from it, and rows that come
     unplanned are added. `remaining_s` is then known at any time.
@@ -46,6 +47,9 @@ class Ticket:
     elastic: bool = False
     soft: float | None = None
     starts: float = 0.0
+    ends: float = 0.0
+    charged_s: float = 0.0
+    share: float = 1.0
     queue_s: float = 0.0
     waiting: int = 0
     running: int = 0
@@ -56,6 +60,7 @@ class Ticket:
     _ahead: dict[tuple[Kind, int], int] = field(default_factory=dict)
     _expected: deque[Plan] = field(default_factory=deque)
     _submitted: Counter[tuple[Kind, int]] = field(default_factory=Counter)
+    _ran: Counter[tuple[Kind, int]] = field(default_factory=Counter)
     _since: float = field(default_factory=time.perf_counter)
 
     def expect(self, plan: Plan) -> None:
@@ -91,14 +96,23 @@ class Ticket:
         """Seconds of the machine that everything takes which is still to be done."""
         return sum(rows * pace.row_s(*key) for key, rows in self._ahead.items())
 
+    def ran_s(self, pace: Pace) -> float:
+        """Seconds of the machine that the rows which ran have taken."""
+        return sum(rows * pace.row_s(*key) for key, rows in self._ran.items())
+
     def left_s(self, now: float, pace: Pace) -> tuple[float, float]:
         """`work_s` and `remaining_s`, as far as an order need count on them: what is elastic takes no more than
-        `ELASTIC` of the time until its deadline."""
+        `ELASTIC` of the time until its deadline, but always the least that it can be answered with."""
         work, alone = self.work_s(pace), self.remaining_s(pace)
         if not self.elastic or self.deadline is None:
             return work, alone
-        most = ELASTIC * max(0.0, self.deadline - now)
+        most = max(ELASTIC * (self.deadline - now), self._least_s(pace))
         return min(work, most), min(alone, most)
+
+    def _least_s(self, pace: Pace) -> float:
+        """A row of every kind that is ahead, for each question."""
+        questions = max(1, len(self._expected))
+        return sum(min(rows, questions) * pace.row_s(*key) for key, rows in self._ahead.items())
 
     def _add(self, plan: Plan, sign: int) -> None:
         self.at_once = max(0, self.at_once + sign * plan.decode)
@@ -132,6 +146,7 @@ class Ticket:
     def finish(self, kind: Kind, pixels: int) -> None:
         self._tick()
         self.running -= 1
+        self._ran[kind, pixels] += 1
         self._ended(kind, pixels)
 
     def drop(self, kind: Kind, pixels: int) -> None:

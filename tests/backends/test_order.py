@@ -96,6 +96,37 @@ def test_a_client_that_paused_is_not_paid_for_it() -> None:
     assert ticket(order, 4, now=100.0, client="a").soft == pytest.approx(112)
 
 
+def test_what_a_client_called_off_does_not_hold_up_its_next_request() -> None:
+    """Beside another client that keeps the machine busy."""
+    order = Dial()
+    ticket(order, 100, client="other")
+    done, called_off = ticket(order, 4, client="a"), ticket(order, 50, client="a")
+    for _ in range(4):
+        done.enqueue("denoise", PX**2)
+        done.start()
+        done.finish("denoise", PX**2)
+    called_off.plan(pixels=PX**2, denoise=-50)
+    for each in (done, called_off):
+        order.left(each, 0.0, pace())
+    assert ticket(order, 4, client="a").starts == pytest.approx(2 * 4)
+
+
+def test_a_charge_that_time_has_settled_is_not_paid_back() -> None:
+    order = Dial()
+    ticket(order, 100, client="other")
+    called_off = ticket(order, 5, client="a")  # charged until 10
+    second = ticket(order, 6, now=11.0, client="a")
+    order.left(called_off, 12.0, pace())
+    assert ticket(order, 1, now=12.0, client="a").starts == pytest.approx(second.ends)
+
+
+def test_a_budget_that_is_over_goes_in_nobodys_way() -> None:
+    order = Dial()
+    tight = ticket(order, 3, now=10.0, deadline=13.0)
+    over = ticket(order, 30, now=10.0, deadline=9.0, elastic=True)
+    assert order.rank([over, tight], 10.0, pace()) == [tight, over]
+
+
 def test_an_idle_machine_holds_nothing_against_anybody() -> None:
     """Large work of a client that left at once, charged beside a client of ten times its weight."""
 

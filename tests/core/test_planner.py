@@ -93,6 +93,31 @@ def test_slow_writing_is_learnt() -> None:
     assert members(planner, Lane(), [SMALL], budget_ms=700) < before
 
 
+def test_what_was_decoded_before_the_plan_is_not_read_again() -> None:
+    async def read_s(decoded: bool) -> float:
+        planner, known = Planner(), card()
+        resolved = Options().resolve(known, "depth")
+        large = Shape(PIXELS, 10**6)
+        return planner.forecast(Lane(), known, "depth", resolved, [large] * 20, 60.0, decoded).finish_s
+
+    assert asyncio.run(read_s(False)) > 1
+    assert asyncio.run(read_s(True)) == 0
+
+
+@pytest.mark.parametrize(("batch_size", "side_by_side"), [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2)])
+def test_flows_two_runs_fill_batches_as_they_can(batch_size: int, side_by_side: int) -> None:
+    """Where a batch cannot hold a member's two runs more than so often, a step of them takes a whole batch, or two."""
+    known = card()
+    flow = known.tasks["flow"].model_copy(update={"passes": [1]})
+    known = known.model_copy(update={"tasks": {**known.tasks, "flow": flow}})
+    pace = Pace(batch_size)
+    pace.saw("denoise", PIXELS, 0.010)
+    resolved = Options().resolve(known, "flow")
+    made = Planner().forecast(Lane(pace=pace), known, "flow", resolved, [SMALL], 60.0)
+    assert made.rows == side_by_side
+    assert made.step_s * made.rows == pytest.approx(0.010 if batch_size > 1 else 0.020)
+
+
 def test_a_single_slow_one_teaches_little() -> None:
     learnt = Learnt()
     for _ in range(8):
