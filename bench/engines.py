@@ -1,10 +1,10 @@
 """Which engine should be the CPU's default: milliseconds and error of each, for the three graphs of a model.
 
-    python -m bench.engines [--repository model_repository] [--edge 192] [--rounds 30] [--out docs/engines.md]
+    python -m bench.engines [--repository model_repository] [--edge 256] [--rounds 30] [--out docs/engines.md]
 
 Every engine runs alone in a process of its own, because idle thread pools of one slow the next; engines take turns, two
 blocks of forwards each at batch 1, and medians are printed. Error: root mean square of the difference from eager torch
-in fp32, relative to the output's deviation, on Gaussian inputs.
+in fp32, relative to the output's deviation, on Gaussian inputs. "Fixed size": as with the server's setting `ratios`.
 """
 
 from __future__ import annotations
@@ -32,12 +32,15 @@ Outputs = list[np.ndarray]
 Runner = Callable[[Feeds], Outputs]
 
 EAGER = ("torch eager", "fp32")
+FIXED = ", fixed size"
 BLOCKS, WARM_UP = 2, 5
 
 
 def engines() -> list[tuple[str, str]]:
     """Engine and precision of every candidate that this machine can run, eager torch first."""
-    return [EAGER, ("onnxruntime", "fp32"), ("openvino", "fp32"), *([("openvino", "bf16")] if has_bf16() else [])]
+    precisions = ("fp32", "bf16") if has_bf16() else ("fp32",)
+    openvino = [("openvino", precision + size) for precision in precisions for size in ("", FIXED)]
+    return [EAGER, ("onnxruntime", "fp32"), *openvino]
 
 
 def block(path: Path, part: Part, engine: tuple[str, str], edge: int, count: int) -> tuple[list[float], Outputs]:
@@ -47,7 +50,7 @@ def block(path: Path, part: Part, engine: tuple[str, str], edge: int, count: int
     backend = TorchBackend.load(repository)
     inputs = backend.servable.examples(1, edge, edge, seed=0)[part]
     feeds = {name: value.numpy() for name, value in zip(backend.servable.names[part][0], inputs, strict=True)}
-    run = eager(backend, part) if engine == EAGER else compiled(repository, backend, part, *engine)
+    run = eager(backend, part) if engine == EAGER else compiled(repository, backend, part, *engine, feeds)
     for _ in range(WARM_UP):
         outputs = run(feeds)
     times = []
@@ -69,10 +72,14 @@ def eager(backend: TorchBackend, part: Part) -> Runner:
     return run
 
 
-def compiled(repository: Repository, backend: TorchBackend, part: Part, engine: str, precision: str) -> Runner:
+def compiled(
+    repository: Repository, backend: TorchBackend, part: Part, engine: str, precision: str, feeds: Feeds
+) -> Runner:
     card = backend.card
     name = {"encoder": card.encoder, "denoiser": card.name, "decoder": card.decoder}[part]
-    opened = open_engine(repository.graph(name), engine, precision, default_threads())
+    opened = open_engine(repository.graph(name), engine, precision.removesuffix(FIXED), default_threads())
+    if precision.endswith(FIXED):
+        opened.specialise({name: value.shape for name, value in feeds.items()})
 
     def run(feeds: Feeds) -> Outputs:
         outputs = opened.run(feeds)
@@ -126,7 +133,7 @@ def bench(path: Path, edge: int, rounds: int) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="engines side by side")
     parser.add_argument("--repository", type=Path)
-    parser.add_argument("--edge", type=int, default=192, help="pixels, a multiple of 16")
+    parser.add_argument("--edge", type=int, default=256, help="pixels, a multiple of 16")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)

@@ -4,10 +4,11 @@
 
 Forwards: one denoising step at batch 1, with random weights, by eager torch, diffusers' DiTTransformer2DModel of the
 same shape (dense only), ONNX Runtime fp32, OpenVINO fp32 and the server's choice, each in a process of its own, turn
-about; and two ways that the server does not take: attention in bf16 too, and everything in bf16 by OpenVINO's hint. The
-error is the root mean square of the difference to eager torch, relative to its output's. The roof is the product of two
-square matrices of 2048 in the engine's precision, in the same process, before and after: the better one counts. Where
-the time goes is what OpenVINO's own counters say.
+about; the same of fixed size, as with the setting `ratios`; and two ways that the server does not take: attention in
+bf16 too, and everything in bf16 by OpenVINO's hint, both of fixed size. The error is the root mean square of the
+difference to eager torch, relative to its output's. The roof is the product of two square matrices of 2048 in the
+engine's precision, in the same process, before and after: the better one counts. Where the time goes is what OpenVINO's
+own counters say.
 
 Requests: one of each task at the same steps and members, through `saccade.pipeline`, phase by phase: the server's
 engine, ONNX Runtime fp32, eager torch one member at a time; for the default model and for the a2 of 256 px.
@@ -57,7 +58,7 @@ ROOF = 2048
 TURNS = 2
 Engine = tuple[str, str]
 EAGER, DIFFUSERS = ("torch eager", "fp32"), ("diffusers", "fp32")
-ATTENTION_TOO, HINT = "bf16, attention too", "bf16 by hint"
+FIXED, ATTENTION_TOO, HINT = "bf16, fixed size", "bf16, fixed size, attention too", "bf16 by hint, fixed size"
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def exported(config: DiTConfig, repository: Path, edge: int) -> str:
 
 
 def engines(experts: bool) -> list[Engine]:
-    lowered = ("bf16", ATTENTION_TOO, HINT) if has_bf16() else ()
+    lowered = ("bf16", FIXED, ATTENTION_TOO, HINT) if has_bf16() else ()
     precisions = [("openvino", precision) for precision in ("fp32", *lowered)]
     return [EAGER, *([] if experts else [DIFFUSERS]), ("onnxruntime", "fp32"), *precisions]
 
@@ -109,7 +110,7 @@ def forward(config: DiTConfig, repository: Path, engine: Engine, edge: int, roun
     """Runs in a process of its own."""
     torch.set_num_threads(default_threads())
     feeds = [value.numpy() for value in perception(config).servable().examples(1, edge, edge, 0)["denoiser"]]
-    run, counters = runner(config, repository, engine)
+    run, counters = runner(config, repository, engine, feeds)
     roofs = [roof(engine)]
     run(feeds), run(feeds)
     output, seconds = run(feeds), []
@@ -124,7 +125,7 @@ Runner = Callable[[list[np.ndarray]], Any]
 Counters = Callable[[list[np.ndarray]], dict[str, float]]
 
 
-def runner(config: DiTConfig, repository: Path, engine: Engine) -> tuple[Runner, Counters]:
+def runner(config: DiTConfig, repository: Path, engine: Engine, feeds: list[np.ndarray]) -> tuple[Runner, Counters]:
     """How a forward is run, and where its time goes (for OpenVINO)."""
     if engine in (EAGER, DIFFUSERS):
         module = perception(config).servable().denoiser if engine == EAGER else Theirs(config)
@@ -135,13 +136,13 @@ def runner(config: DiTConfig, repository: Path, engine: Engine) -> tuple[Runner,
 
         return eager, lambda feeds: {}
     file = Repository(repository).graph("measured")
-    if engine[1] in (ATTENTION_TOO, HINT):
-        request = compiled(file, engine[1])
+    if engine[1] in (FIXED, ATTENTION_TOO, HINT):
+        request = compiled(file, engine[1], feeds)
 
-        def tried(feeds: list[np.ndarray]) -> Any:
-            return request.infer(dict(zip(INPUTS, feeds, strict=True)), share_inputs=True)[0]
+        def tried(given: list[np.ndarray]) -> Any:
+            return request.infer(dict(zip(INPUTS, given, strict=True)), share_inputs=True)[0]
 
-        return tried, lambda feeds: spent(file, engine, feeds)
+        return tried, lambda given: spent(file, engine, given)
     opened = open_engine(file, *engine, default_threads())
 
     def run(feeds: list[np.ndarray]) -> Any:
@@ -150,8 +151,8 @@ def runner(config: DiTConfig, repository: Path, engine: Engine) -> tuple[Runner,
     return run, lambda feeds: spent(file, engine, feeds) if engine[0] == "openvino" else {}
 
 
-def compiled(file: Path, precision: str, **more: Any) -> Any:
-    """As the server compiles it, or as was tried."""
+def compiled(file: Path, precision: str, feeds: list[np.ndarray], **more: Any) -> Any:
+    """As the server compiles it, or as was tried; of a fixed size that of `feeds`."""
     from openvino import Core
 
     core, properties = Core(), openvino_properties(default_threads()) | more
@@ -162,6 +163,8 @@ def compiled(file: Path, precision: str, **more: Any) -> Any:
         bf16.narrow(model)
     if precision == ATTENTION_TOO:
         narrow_attention(model)
+    if precision in (FIXED, ATTENTION_TOO, HINT):
+        model.reshape({name: list(value.shape) for name, value in zip(INPUTS, feeds, strict=True)})
     return core.compile_model(model, "CPU", properties).create_infer_request()
 
 
@@ -250,7 +253,7 @@ KINDS = {
 
 def spent(file: Path, engine: Engine, feeds: list[np.ndarray]) -> dict[str, float]:
     """Seconds of one forward by kind of operation, as OpenVINO's counters have them."""
-    request = compiled(file, engine[1], PERF_COUNT=True)
+    request = compiled(file, engine[1], feeds, PERF_COUNT=True)
     for _ in range(3):
         request.infer(dict(zip(INPUTS, feeds, strict=True)))
     found: Counter[str] = Counter()
@@ -360,14 +363,11 @@ def requests(name: str, edge: int, default: Path, rounds: int, told: Callable[[s
             repository = Repository(path)
             card = repository.card(repository.default())
             for task in PARTS:
-                for engine in (EAGER, ("onnxruntime", "fp32"), ("auto", "auto")):
+                for engine in (EAGER, ("onnxruntime", "fp32"), ("auto", "auto"), ("auto", FIXED)):
                     told(f"a request: {label}, {task}, {' '.join(engine)}")
-                    backend = (
-                        eager(card)
-                        if engine == EAGER
-                        else Embedded.load(repository, engine=engine[0], precision=engine[1])
-                    )
-                    said = "torch eager" if engine == EAGER else f"{backend.engine} {backend.precision}"
+                    backend = eager(card) if engine == EAGER else served(repository, engine)
+                    said = " ".join(engine) if engine == EAGER else f"{backend.engine} {backend.precision}"
+                    said += ", fixed size" if engine[1] == FIXED else ""
                     times = asyncio.run(_asked(backend, task, options, rounds))
                     cells = " | ".join(f"{ms:.0f}" for ms in times.values())
                     share = (times["ensemble"] + times["write"]) / times["all"]
@@ -375,8 +375,15 @@ def requests(name: str, edge: int, default: Path, rounds: int, told: Callable[[s
     return rows
 
 
+def served(repository: Repository, engine: Engine) -> Embedded:
+    precision, ratios = ("auto", [(3, 4), (2, 3)]) if engine[1] == FIXED else (engine[1], [])
+    return Embedded.load(repository, engine=engine[0], precision=precision, ratios=ratios)
+
+
 async def _asked(backend: Backend, task: TaskName, options: Options, rounds: int) -> dict[str, float]:
     try:
+        if isinstance(backend, Embedded):
+            await backend.specialise(1)
         return await phases(backend, task, options, rounds)
     finally:
         await backend.aclose()

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Self
 
 from saccade.backends import Backend, Remote
+from saccade.backends.embedded import Embedded
 from saccade.backends.stepping import Stepping
 from saccade.card import Card
 from saccade.pipeline import Pipeline
@@ -54,10 +55,17 @@ class Model:
 
     @property
     def engine(self) -> Mapping[str, str]:
-        """Engine, precision and threads, which decide the answers' last digits too; nothing where the model runs in
-        another process."""
-        names = ("engine", "precision", "threads")
-        return {name: str(getattr(self._backend, name)) for name in names if hasattr(self._backend, name)}
+        """Engine, precision, threads, and the sizes that have graphs of their own: what decides the answers' last
+        digits too. Nothing where the model runs in another process."""
+        if not isinstance(backend := self._backend, Embedded):
+            return {}
+        sizes = " ".join(f"{width}x{height}" for height, width in backend.special)
+        return {
+            "engine": backend.engine,
+            "precision": backend.precision,
+            "threads": str(backend.threads),
+            "sizes": sizes,
+        }
 
     @property
     def endpoints(self) -> Mapping[str, str]:

@@ -29,12 +29,14 @@ async def open_backend(settings: Settings, model: str | None = None) -> Backend:
 
 
 def _embedded(settings: Settings, model: str | None) -> Embedded:
+    wanted = settings.ratios.split(",") if settings.ratios else []
     embedded = Embedded.load(
         Repository(find_repository(settings.model_repository)),
         model,
         engine=settings.engine,
         precision=settings.precision,
         threads=settings.threads,
+        ratios=[(int(height), int(width)) for width, _, height in (one.partition(":") for one in wanted)],
     )
     told = (embedded.card.name, embedded.engine, embedded.precision, embedded.threads)
     logger.info("%s runs on %s in %s, threads: %d", *told)

@@ -253,8 +253,8 @@ class Service:
         )
         self.metrics.info(
             "saccade_engine_info",
-            "What multiplies for a model of this process, in which precision, on how many threads.",
-            ("model", "engine", "precision", "threads"),
+            "What multiplies for a model of this process, how, and the sizes that have graphs of their own.",
+            ("model", "engine", "precision", "threads", "sizes"),
             lambda: [(m.name, *m.engine.values()) for m in alias.open if m.engine],
         )
         self.metrics.info(

@@ -21,6 +21,8 @@ PREFIX = "SACCADE_"
 CONFIG_VARIABLE = "SACCADE_CONFIG"
 _ENDPOINT = r"\s*([A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}\s*"
 ORIGIN = r"\s*https?://[A-Za-z0-9.:\[\]-]+\s*"
+_RATIO = "[1-9][0-9]{0,3}:[1-9][0-9]{0,3}"
+RATIOS = rf"^({_RATIO}(,{_RATIO}){{0,15}})?$"
 ENDPOINTS = rf"^{_ENDPOINT}(,{_ENDPOINT})*$"
 
 
@@ -56,6 +58,12 @@ class Settings(BaseSettings):
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="Arithmetic of the graphs' linear layers.")
     threads: int | None = Field(
         None, ge=1, le=1024, description="CPU threads of the engine; by default the physical cores."
+    )
+    ratios: str = Field(
+        "",
+        pattern=RATIOS,
+        description="Ratios of width to height, as 4:3,16:9. For pictures like that, at the model's default size, "
+        "graphs of fixed size are compiled at the start: faster, for more memory and a slower start. Empty: none.",
     )
     batch_size: int | None = Field(
         None, ge=1, le=1024, description="Most rows in one batch; by default the knee, measured at start-up."

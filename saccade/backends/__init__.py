@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from saccade.backends.ticket import Plan, Ticket
 from saccade.card import Card
 
-__all__ = ["Array", "Backend", "Conditioning", "Labels", "Plan", "Remote", "Ticket"]
+__all__ = ["Array", "Backend", "Conditioning", "Labels", "Plan", "Remote", "Specialising", "Ticket"]
 
 Array = NDArray[np.float32]
 Labels = NDArray[np.int64]
@@ -44,6 +44,15 @@ class Backend(Protocol):
         ...
 
     async def aclose(self) -> None: ...
+
+
+@runtime_checkable
+class Specialising(Protocol):
+    """A backend that is faster at some sizes than at others."""
+
+    async def specialise(self, batch_size: int) -> None:
+        """Get ready for the sizes that come most, in steps of so many rows. Before the first caller."""
+        ...
 
 
 @runtime_checkable

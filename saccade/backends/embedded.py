@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Self
 
@@ -11,7 +12,13 @@ from saccade.backends.engines import Engine, choose, default_threads, open_engin
 from saccade.backends.graphs import Feeds, Graphs, Part, Results, names
 from saccade.card import Card
 from saccade.errors import BackendUnavailable, ModelError
+from saccade.fit import Fit
 from saccade.repository import Repository
+
+log = logging.getLogger(__name__)
+Size = tuple[int, int]
+SPECIAL_BYTES = 2**29
+"""Of weights that are held once more, for the sizes that come most."""
 
 
 class Embedded(Graphs):
@@ -19,13 +26,24 @@ class Embedded(Graphs):
 
     The event loop stays free meanwhile. A call that is cancelled before its turn never runs.
     `engine`, `precision` and `threads` say what was chosen; the decoder is always fp32, it is tiny.
+    `special` has the (H, W) of the model's pictures that `specialise` has made fast.
     """
 
-    def __init__(self, card: Card, engines: Mapping[Part, Engine], engine: str, precision: str, threads: int) -> None:
+    def __init__(
+        self,
+        card: Card,
+        engines: Mapping[Part, Engine],
+        engine: str,
+        precision: str,
+        threads: int,
+        ratios: Sequence[Size] = (),
+    ) -> None:
         super().__init__(card, engines)
         self.engine = engine
         self.precision = precision
         self.threads = threads
+        self.special: list[Size] = []
+        self._ratios = ratios
         self._engines = engines
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="saccade-embedded")
 
@@ -38,11 +56,12 @@ class Embedded(Graphs):
         engine: str = "auto",
         precision: str = "auto",
         threads: int | None = None,
+        ratios: Sequence[Size] = (),
     ) -> Self:
         """Verify the files against the card's digests, compile them, check that they are what the card says.
 
         `engine`: auto, openvino, onnxruntime. `precision`: auto, fp32, bf16. `threads`: None takes the physical cores.
-        Raises ModelError.
+        `ratios`: of height to width; `specialise` makes pictures of these fast. Raises ModelError.
         """
         card = repository.card(model or repository.default())
         repository.verify(card)
@@ -55,7 +74,8 @@ class Embedded(Graphs):
             return open_engine(repository.graph(parts[part]), engine, own, threads)
 
         with ThreadPoolExecutor(len(parts)) as pool:  # most of a start is compiling
-            return cls(card, dict(zip(parts, pool.map(compiled, parts), strict=True)), engine, precision, threads)
+            engines = dict(zip(parts, pool.map(compiled, parts), strict=True))
+        return cls(card, engines, engine, precision, threads, ratios)
 
     async def run(self, part: Part, feeds: Feeds) -> Results:
         try:
@@ -63,6 +83,33 @@ class Embedded(Graphs):
         except RuntimeError as error:  # the pool's word for being shut down
             raise BackendUnavailable("the backend is closed") from error
         return await future
+
+    async def specialise(self, batch_size: int) -> None:
+        """Compile encoder and denoiser for the tasks' default sizes and the ratios, as many as memory is set aside for.
+        Where the engine cannot, all goes on as it was."""
+        edges = {task.defaults.processing_resolution for task in self.card.tasks.values()} - {0}
+        fits = [Fit.plan(ratio, edge, self.card.latent.multiple) for edge in sorted(edges) for ratio in self._ratios]
+        most = SPECIAL_BYTES // (4 * max(1, self.card.parameters))
+        for size in list(dict.fromkeys(fit.padded for fit in fits))[:most]:
+            try:
+                if await asyncio.to_thread(self._specialise, size, batch_size):
+                    self.special.append(size)
+            except Exception:  # every engine has its own
+                log.warning("%s: no graphs of fixed size for %d x %d px", self.card.name, *size[::-1], exc_info=True)
+                break
+        if self.special:
+            told = ", ".join(f"{width} x {height}" for height, width in self.special)
+            log.info("%s has graphs of fixed size for %s px", self.card.name, told)
+
+    def _specialise(self, size: Size, batch_size: int) -> bool:
+        picture, latent = (1, 3, *size), self.card.latent
+        conditioning = self._engines["encoder"].specialise({"image": picture, "prompt": picture, "task": (1,)})
+        if not conditioning:
+            return False
+        cells = (batch_size, latent.channels, size[0] // latent.stride, size[1] // latent.stride)
+        seen = {name: (batch_size, *conditioning[name][1:]) for name in self.card.conditioning}
+        rows = {"latent": cells, "timestep": (batch_size,), "task": (batch_size,)}
+        return bool(self._engines["denoiser"].specialise(rows | seen))
 
     async def aclose(self) -> None:
         """Let the calls in hand end; later ones are refused."""

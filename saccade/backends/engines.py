@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,8 +29,16 @@ PRECISIONS = ("fp32", "bf16")
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
 
+Shapes = Mapping[str, tuple[int, ...]]
+
+
 class Engine(Ports, Protocol):
     """A compiled graph. `run` may be called from any thread; it lets the others run meanwhile."""
+
+    def specialise(self, shapes: Shapes) -> Shapes:
+        """Compile once more for inputs of just these shapes, if that pays, and run them so from now on: faster, and
+        rounded otherwise. The shapes of all outputs then. Not while the graph runs."""
+        ...
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
         """Every input by name -> every output by name, in arrays of their own."""
@@ -82,6 +91,10 @@ class OnnxRuntime:
         self.inputs = {port.name: _ort_port(port) for port in self._session.get_inputs()}
         self.outputs = {port.name: _ort_port(port) for port in self._session.get_outputs()}
 
+    def specialise(self, shapes: Shapes) -> Shapes:
+        """Its kernels are the same for any shape."""
+        return {}
+
     def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
         return dict(zip(self.outputs, self._session.run(None, dict(feeds)), strict=True))
 
@@ -90,23 +103,40 @@ class OpenVino:
     """fp32, or bf16 in linear layers and convolutions as `saccade.backends.bf16` says."""
 
     def __init__(self, file: Path, precision: str, threads: int) -> None:
-        openvino = _openvino()
-        core = openvino.Core()
-        with _READING:
-            openvino.Tensor(np.zeros(1, np.float32))
-            model = core.read_model(str(file))
-            self.inputs = {port.any_name: _ov_port(port) for port in model.inputs}
-            self.outputs = {port.any_name: _ov_port(port) for port in model.outputs}
-            self.lowered = bf16.narrow(model) if precision == "bf16" else 0
-        self._request = core.compile_model(model, "CPU", openvino_properties(threads)).create_infer_request()
+        self._file, self._precision, self._threads = file, precision, threads
+        model = self._read()
+        self.inputs = {port.any_name: _ov_port(port) for port in model.inputs}
+        self.outputs = {port.any_name: _ov_port(port) for port in model.outputs}
+        self._any = self._compiled(model)
+        self._special: dict[tuple[tuple[int, ...], ...], Any] = {}
         self._one_at_a_time = threading.Lock()
-        log.debug("%s: %d layers in bf16", "/".join(file.parts[-3:]), self.lowered)
+
+    def specialise(self, shapes: Shapes) -> Shapes:
+        """With every size known OpenVINO fuses more, and infers no shapes as it goes."""
+        model = self._read()
+        model.reshape({name: list(shapes[name]) for name in self.inputs})
+        self._special[tuple(shapes[name] for name in self.inputs)] = self._compiled(model)
+        return {port.any_name: _ov_port(port).dims for port in model.outputs}
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
         whole = {name: np.ascontiguousarray(value) for name, value in feeds.items()}
+        request = self._special.get(tuple(whole[name].shape for name in self.inputs), self._any)
         with self._one_at_a_time:
-            results = self._request.infer(whole, share_inputs=True)
+            results = request.infer(whole, share_inputs=True)
         return dict(zip(self.outputs, results.to_tuple(), strict=True))
+
+    def _read(self) -> Any:
+        openvino = _openvino()
+        with _READING:
+            openvino.Tensor(np.zeros(1, np.float32))
+            model = openvino.Core().read_model(str(self._file))
+            self.lowered = bf16.narrow(model) if self._precision == "bf16" else 0
+        log.debug("%s: %d layers in bf16", "/".join(self._file.parts[-3:]), self.lowered)
+        return model
+
+    def _compiled(self, model: Any) -> Any:
+        compiled = _openvino().Core().compile_model(model, "CPU", openvino_properties(self._threads))
+        return compiled.create_infer_request()
 
 
 def openvino_properties(threads: int) -> dict[str, Any]:

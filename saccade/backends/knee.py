@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from saccade.backends import Array, Backend, Conditioning, Labels, Ticket
+from saccade.backends import Array, Backend, Conditioning, Labels, Specialising, Ticket
 from saccade.backends.pace import Pace
 from saccade.card import Card
 from saccade.errors import ModelError
@@ -39,17 +39,19 @@ class WarmUp:
     async def run(self, batch_size: int | None) -> int:
         """The batch size: the one given, or else the knee. Raises ModelError or BackendUnavailable."""
         self.conditioning = await self.backend.encode(self.picture, self.picture, self._labels(1), Ticket())
+        size = batch_size or await self._knee()
+        if isinstance(self.backend, Specialising):
+            await self.backend.specialise(size)
         encode = partial(self.backend.encode, self.picture, self.picture, self._labels(1))
         self.pace.saw("encode", self.edge**2, await _fastest_s(lambda: encode(Ticket())))
         decode = partial(self.backend.decode, self.noise)
         self.pace.saw("decode", self.edge**2, await _fastest_s(lambda: decode(Ticket())))
-        size, step_s = await self._knee() if batch_size is None else (batch_size, await self._step_s(batch_size))
         self.pace.batch_size = size
-        self.pace.saw("denoise", self.edge**2, step_s)
+        self.pace.saw("denoise", self.edge**2, await self._step_s(size))
         return size
 
-    async def _knee(self) -> tuple[int, float]:
-        """The batch size past which doubling makes a row less than 15% cheaper, and its seconds."""
+    async def _knee(self) -> int:
+        """The batch size past which doubling makes a row less than 15% cheaper."""
         size, step_s = 1, await self._step_s(1)
         while size < LARGEST_BATCH:
             try:
@@ -59,7 +61,7 @@ class WarmUp:
             if doubled / 2 > step_s * (1 - WORTHWHILE):
                 break
             size, step_s = size * 2, doubled
-        return size, step_s
+        return size
 
     async def _step_s(self, size: int) -> float:
         """Of the fastest step of `size` rows."""

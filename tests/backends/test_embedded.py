@@ -11,6 +11,7 @@ import pytest
 
 from saccade.backends import Ticket
 from saccade.backends.embedded import Embedded
+from saccade.backends.stepping import Stepping
 from saccade.errors import BackendUnavailable, ModelError
 from saccade.repository import Repository
 from tests import toy
@@ -196,3 +197,24 @@ def test_a_closed_backend_is_unavailable(toy_repository: Path) -> None:
 
     with pytest.raises(BackendUnavailable):
         asyncio.run(late())
+
+
+def test_default_sizes_of_the_ratios_are_specialised_and_answer_alike(toy_repository: Path) -> None:
+    async def decoded(special: bool) -> tuple[list[tuple[int, int]], np.ndarray]:
+        ratios = [(3, 4), (1, 1), (4, 4)] if special else []
+        backend = Embedded.load(Repository(toy_repository), precision="fp32", threads=1, ratios=ratios)
+        lane = Stepping(backend, batch_size=2)
+        await lane.start()
+        try:
+            image = np.random.default_rng(0).uniform(-1, 1, (1, 3, 48, 64)).astype(np.float32)
+            seen = await lane.encode(image, image, integers(0), Ticket())
+            noise = np.random.default_rng(1).standard_normal((1, LATENT, 48 // STRIDE, 64 // STRIDE))
+            one = noise.astype(np.float32)
+            return backend.special, await lane.denoise(one, integers(500), integers(0), seen, Ticket())
+        finally:
+            await lane.aclose()
+
+    sizes, fixed = asyncio.run(decoded(True))
+    none, free = asyncio.run(decoded(False))
+    assert (sizes, none) == ([(48, 64), (64, 64)], [])
+    np.testing.assert_allclose(fixed, free, atol=1e-5)

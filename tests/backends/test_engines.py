@@ -77,6 +77,19 @@ def test_inputs_may_be_views(dense: Path, engine: str) -> None:
 
 
 @pytest.mark.parametrize("graph", ["dense", "sparse"])
+def test_graphs_of_fixed_size_answer_as_those_of_any_size(request: pytest.FixtureRequest, graph: str) -> None:
+    file = request.getfixturevalue(graph)
+    free, fixed = (open_engine(file, "openvino", "fp32", 1) for _ in range(2))
+    special, other = feeds(batch=1), feeds(batch=2)
+    shapes = fixed.specialise({name: value.shape for name, value in special.items()})
+    assert shapes == {"prediction": free.run(special)["prediction"].shape}
+    for given in (special, other, special):
+        assert error(fixed.run(given)["prediction"], free.run(given)["prediction"]) < 1e-5
+    repeated = [fixed.run(given)["prediction"].tobytes() for given in (special, other, special)]
+    assert repeated[0] == repeated[2]
+
+
+@pytest.mark.parametrize("graph", ["dense", "sparse"])
 def test_the_engines_agree_in_fp32(request: pytest.FixtureRequest, graph: str) -> None:
     file = request.getfixturevalue(graph)
     theirs, ours = (open_engine(file, name, "fp32", 1) for name in ("onnxruntime", "openvino"))
