@@ -146,7 +146,7 @@ def runner(config: DiTConfig, repository: Path, engine: Engine, feeds: list[np.n
     opened = open_engine(file, *engine, default_threads())
 
     def run(feeds: list[np.ndarray]) -> Any:
-        return opened.run(dict(zip(INPUTS, feeds, strict=True)))["output"]
+        return opened.run(dict(zip(INPUTS, feeds, strict=True)))["prediction"]
 
     return run, lambda feeds: spent(file, engine, feeds) if engine[0] == "openvino" else {}
 
