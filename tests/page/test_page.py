@@ -105,7 +105,11 @@ def test_one_member_cannot_be_unsure(visitor: Visitor) -> None:
 def test_what_was_turned_stays_when_the_server_answers_late(browser: Browser, site: Process) -> None:
     with Visitor.arriving(browser, "about:blank") as visitor:
         held: list[Route] = []
-        visitor.page.route("**/models", held.append)
+
+        def hold(route: Route) -> None:
+            held.append(route)
+
+        visitor.page.route("**/models", hold)
         with visitor.page.expect_request("**/models"):
             visitor.page.goto(site.url)
         visitor.turn("members", "Home")
