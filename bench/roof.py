@@ -370,7 +370,7 @@ def requests(name: str, edge: int, default: Path, rounds: int, told: Callable[[s
             for task in PARTS:
                 for engine in (EAGER, ("onnxruntime", "fp32"), ("auto", "auto"), ("auto", FIXED)):
                     told(f"a request: {label}, {task}, {' '.join(engine)}")
-                    backend = eager(card) if engine == EAGER else served(repository, engine)
+                    backend = eager(card) if engine == EAGER else served(repository, engine, task)
                     said = " ".join(engine) if engine == EAGER else f"{backend.engine} {backend.precision}"
                     said += ", fixed size" if engine[1] == FIXED else ""
                     times = asyncio.run(_asked(backend, task, options, rounds))
@@ -380,8 +380,12 @@ def requests(name: str, edge: int, default: Path, rounds: int, told: Callable[[s
     return rows
 
 
-def served(repository: Repository, engine: Engine) -> Embedded:
-    precision, ratios = ("auto", [(3, 4), (2, 3)]) if engine[1] == FIXED else (engine[1], [])
+RATIOS: dict[TaskName, tuple[int, int]] = {"depth": (2, 3), "flow": (3, 4), "amodal": (2, 3)}
+"""Of the examples, height to width. One alone, for a large model is not compiled for more."""
+
+
+def served(repository: Repository, engine: Engine, task: TaskName) -> Embedded:
+    precision, ratios = ("auto", [RATIOS[task]]) if engine[1] == FIXED else (engine[1], [])
     return Embedded.load(repository, engine=engine[0], precision=precision, ratios=ratios)
 
 

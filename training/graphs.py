@@ -24,7 +24,6 @@ TORCHSCRIPT = "model.pt"
 EXTERNAL_ABOVE = 1536 * 2**20
 """Bytes of weights that still fit one protobuf file with the graph around them: 2 GB is its end, and PyTorch's exporter
 moves constants of more than this out by itself."""
-DATA = ".data"
 
 
 def write_onnx(

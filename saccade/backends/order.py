@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from heapq import heappop, heappush
 from itertools import accumulate, count
@@ -13,31 +14,32 @@ STRETCH = 3.0
 PATIENCE = 32
 
 
-class Order:
-    """Decides which request goes next. All times are in seconds of one clock."""
+class Order(ABC):
+    """Decides which request goes next. All times are in seconds of one clock. What an order need not hear of does
+    nothing."""
 
     in_turn = False
     """Whether every ticket of a `turn` gives one row, and then they begin again; else each gives what it has."""
 
-    def idle(self) -> None:
+    def idle(self) -> None:  # noqa: B027
         """Nobody is there: what is remembered of those that were is settled."""
 
-    def came(self, ticket: Ticket, now: float, pace: Pace) -> None:
+    def came(self, ticket: Ticket, now: float, pace: Pace) -> None:  # noqa: B027
         """Once for every ticket, before anything else of it is asked."""
 
+    @abstractmethod
     def rank(self, tickets: Sequence[Ticket], now: float, pace: Pace) -> list[Ticket]:
         """The order they would be served in. Changes nothing."""
-        raise NotImplementedError
 
     def turn(self, tickets: Sequence[Ticket], now: float, pace: Pace) -> list[Ticket]:
         """For every batch that is made: its first row is the first ticket's, and the others follow as long as their
         rows may join."""
         return self.rank(tickets, now, pace)
 
-    def took(self, ticket: Ticket) -> None:
+    def took(self, ticket: Ticket) -> None:  # noqa: B027
         """For every row that is taken."""
 
-    def left(self, ticket: Ticket, now: float, pace: Pace) -> None:
+    def left(self, ticket: Ticket, now: float, pace: Pace) -> None:  # noqa: B027
         """A ticket is given back, done or not."""
 
 
