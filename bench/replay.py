@@ -8,9 +8,10 @@
 The real pipeline and engine in this process, without HTTP. Requests of all tasks, steps 1-50, members 1-10 and several
 sizes come at random times (a Poisson process) at a share of the capacity, which is measured first. Every policy gets
 the same requests at the same times; the policies take turns, and each turn has requests of its own. A deadline is three
-times what the request takes alone. `--leavers`: clients that leave at random moments; exits with 1 if a place leaks, or
-more than one step of one that has left is executed. `--crowd`: the same requests alone and amid others; exits with 1 if
-a byte differs. Needs a quiet machine.
+times what the request takes alone. Before every cell a request is timed that is always the same: `probe` tells how fast
+the machine was. `--leavers`: clients that leave at random moments; exits with 1 if a place leaks, or more of one that
+has left is executed than was running. `--crowd`: the same requests alone and amid others; exits with 1 if a byte
+differs. Needs a quiet machine.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +29,7 @@ import numpy as np
 
 from bench import leaving
 from bench.machine import describe
-from bench.traffic import Answering, Costs, Request, arrivals, ask, capacity, opened, replay, shapes
+from bench.traffic import Answering, Costs, Request, Shape, arrivals, ask, capacity, opened, replay, shapes, timed
 from saccade.backends import Ticket
 from saccade.backends.embedded import Embedded
 from saccade.backends.order import ByDeadline, Dial, FirstCome, Order, RoundRobin
@@ -39,6 +41,7 @@ from server import allocator
 STRETCH = 3.0
 MOST_TOGETHER = 8
 LONGEST_CELL_S = 180.0
+PROBE = Shape("depth", 192, 5, 2)
 Figures = dict[str, float]
 
 
@@ -133,15 +136,15 @@ def figures(requests: Sequence[Request], seconds: Sequence[float]) -> Figures:
 def table(found: dict[float, dict[str, Figures]]) -> str:
     """Ratios are to the first policy of the same load."""
     lines = [
-        "| load | policy | mean s | p50 | p95 | p99 | in time | mean, ratio |",
-        "|---|---|---|---|---|---|---|---|",
+        "| load | policy | mean s | p50 | p95 | p99 | in time | mean, ratio | probe, ms |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for load, cells in found.items():
         first = next(iter(cells.values()))
         for name, one in cells.items():
             lines.append(
                 f"| {load:.0%} | {name} | {one['mean']:.2f} | {one['p50']:.2f} | {one['p95']:.2f} | {one['p99']:.2f} | "
-                f"{one['met']:.1%} | {one['mean'] / first['mean']:.2f} |"
+                f"{one['met']:.1%} | {one['mean'] / first['mean']:.2f} | {one['probe'] * 1e3:.0f} |"
             )
     return "\n".join(lines)
 
@@ -169,13 +172,14 @@ def plot(found: dict[float, dict[str, Figures]], file: Path) -> None:
 
 async def bench(args: argparse.Namespace) -> dict[float, dict[str, Figures]]:
     allocator.settle()  # as the server does
-    backend = Embedded.load(Repository(find_repository(args.repository)), threads=args.threads)
+    backend = loaded(args)
     lane = await opened(backend, args.batch_size)
     costs = Costs()
     await costs.measure(Pipeline(lane), args.rounds, say)
     drawn = [shapes(args.requests, args.seed + turn) for turn in range(args.turns)]
     work_s = max(sum(map(costs, of_turn)) for of_turn in drawn)
-    say(f"batches of {lane.batch_size}; {args.requests} requests are up to {work_s:.0f} s of work alone")
+    say(f"{backend.streams} streams, batches of {lane.batch_size}")
+    say(f"{args.requests} requests are up to {work_s:.0f} s of work alone")
     most = await capacity(Pipeline(lane), shapes(args.probe, args.seed + args.turns), costs)
     cells_s = {load: work_s / most / min(load, 1.0) for load in args.loads}
     say(f"capacity: {most:.2f} s of such work a second, {args.requests / work_s * most:.2f} requests")
@@ -186,18 +190,28 @@ async def bench(args: argparse.Namespace) -> dict[float, dict[str, Figures]]:
     found: dict[float, dict[str, Figures]] = {}
     for load in args.loads:
         seen: dict[str, list[tuple[Request, float]]] = {name: [] for name in args.policies}
+        probes: dict[str, list[float]] = {name: [] for name in args.policies}
         for turn, of_turn in enumerate(drawn):
             requests = arrivals(of_turn, costs, load * most, args.seed + turn)
             for name in args.policies:
                 order, answering = POLICIES[name]
                 fresh = await opened(backend, lane.batch_size, order())
+                probes[name].append(statistics.median([await timed(ask(Pipeline(fresh), PROBE)) for _ in range(9)]))
                 done = Progress(f"{load:.0%} {name}, turn {turn + 1} of {args.turns}", len(requests))
                 seconds = await replay(requests, answering(Pipeline(fresh)), done)
                 left(fresh)
                 seen[name] += zip(requests, seconds, strict=True)
-        found[load] = {name: figures(*zip(*pairs, strict=True)) for name, pairs in seen.items()}
+        found[load] = {
+            name: figures(*zip(*pairs, strict=True)) | {"probe": statistics.mean(probes[name])}
+            for name, pairs in seen.items()
+        }
     await lane.aclose()
     return found
+
+
+def loaded(args: argparse.Namespace) -> Embedded:
+    repository = Repository(find_repository(args.repository))
+    return Embedded.load(repository, threads=args.threads, streams=args.streams)
 
 
 def left(lane: Stepping) -> None:
@@ -221,6 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--probe", type=int, default=60, help="requests asked at once to find the capacity")
     parser.add_argument("--batch-size", type=int, help="measured where left out")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--streams", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -228,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--crowd", type=int, help="requests compared alone and in a crowd, instead of the load")
     args = parser.parse_args(argv)
     if args.leavers or args.crowd:
-        backend = Embedded.load(Repository(find_repository(args.repository)), threads=args.threads)
+        backend = loaded(args)
         told = (
             leaving.leavers(backend, args.leavers, args.seed)
             if args.leavers

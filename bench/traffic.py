@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from saccade.backends import Backend, Ticket
+from saccade.backends import Ticket
+from saccade.backends.embedded import Embedded
 from saccade.backends.order import Order
 from saccade.backends.stepping import Stepping
 from saccade.formats import read_mask, read_picture
@@ -138,9 +139,9 @@ def arrivals(drawn: Sequence[Shape], costs: Costs, rate: float, seed: int) -> li
     return [Request(shape, float(at), alone_s) for shape, at, alone_s in parts]
 
 
-async def opened(backend: Backend, batch_size: int | None, order: Order | None = None) -> Stepping:
+async def opened(backend: Embedded, batch_size: int | None, order: Order | None = None) -> Stepping:
     """A lane that has seen every size, so that it knows what its steps take."""
-    lane = Stepping(backend, batch_size=batch_size, order=order)
+    lane = Stepping(backend, batch_size=batch_size, concurrency=backend.streams, order=order)
     await lane.start()
     pipeline = Pipeline(lane)
     for edge in EDGES:

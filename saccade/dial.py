@@ -58,7 +58,8 @@ class Point:
 class Forecast:
     """Seconds that an answer will take: what is ordered before it (`wait_s`), of each question its encoding, one row of
     a step, one decoding, merging a member, and what merging takes besides (`settle_s`); and reading and writing it all
-    (`finish_s`). `rows` are computed side by side."""
+    (`finish_s`). `rows` members are computed side by side; up to `lone_rows` share one batch, which takes
+    `lone_step_s`. A decoding by itself takes `lone_decode_s`."""
 
     wait_s: float
     encode_s: float
@@ -68,11 +69,14 @@ class Forecast:
     settle_s: float = 0.0
     finish_s: float = 0.0
     rows: int = 1
+    lone_rows: int = 0
+    lone_step_s: float = 0.0
+    lone_decode_s: float = 0.0
     questions: int = 1
 
     def seconds(self, steps: int, members: int) -> float:
-        filled = -(-members // self.rows) * self.rows
-        work_s = self.encode_s + filled * steps * self.step_s + members * self.decode_s
+        round_s = -(-members // self.rows) * self.rows * self.step_s if members > self.lone_rows else self.lone_step_s
+        work_s = self.encode_s + steps * round_s + max(members * self.decode_s, self.lone_decode_s)
         return self.wait_s + self.questions * (work_s + members * self.merge_s + self.settle_s) + self.finish_s
 
     def reserve_s(self, members: int) -> float:

@@ -60,7 +60,7 @@ class Local:
         path = find_repository(None if repository is None else Path(repository))
         embedded = Embedded.load(Repository(path), model, engine=engine, precision=precision, threads=threads)
         self._max_pixels = max_pixels
-        self._backend = Stepping(embedded, batch_size=batch_size)
+        self._backend = Stepping(embedded, batch_size=batch_size, concurrency=embedded.streams)
         self._pipeline = Pipeline(self._backend)
         self._planner = Planner()
         self._closed = False

@@ -36,6 +36,9 @@ class Lane(Protocol):
     @property
     def pace(self) -> Pace: ...
 
+    @property
+    def backlog_s(self) -> float: ...
+
     def before_s(self, ticket: Ticket) -> float: ...
 
 
@@ -144,19 +147,24 @@ class Planner:
         """Of all questions: the largest one's figures, as often as there are shapes."""
         largest = max(shapes, key=lambda shape: shape.model_px)
         pixels, count = largest.model_px, len(shapes)
-        pace, wait_s = (lane.pace, self._wait_s(lane, pixels, deadline)) if isinstance(lane, Lane) else (Pace(), 0.0)
+        pace, wait_s, alone = Pace(), 0.0, True
+        if isinstance(lane, Lane):
+            pace, wait_s, alone = lane.pace, self._wait_s(lane, pixels, deadline), not lane.backlog_s
         runs, at_once = len(card.tasks[task].labels), pace.batch_size * pace.concurrency
         merging, rows = _merging(resolved), max(1, at_once // runs)
         read_s = 0.0 if decoded else self.seconds(f"read {task}", sum(shape.source_px for shape in shapes))
         return Forecast(
             wait_s=wait_s,
-            encode_s=pace.batch_s("encode", pixels),
+            encode_s=pace.batch_s("encode", pixels, alone),
             step_s=pace.batch_s("denoise", pixels) * math.ceil(rows * runs / at_once) / rows,
             decode_s=pace.batch_s("decode", pixels) * runs / pace.concurrency,
             merge_s=self._learnt[merging].rate * pixels / 1e6,
             settle_s=self.seconds(merging, largest.source_px),
             finish_s=read_s,
             rows=rows,
+            lone_rows=pace.batch_size // runs,
+            lone_step_s=pace.batch_s("denoise", pixels, alone),
+            lone_decode_s=pace.batch_s("decode", pixels, alone),
             questions=count,
         )
 

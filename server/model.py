@@ -30,7 +30,7 @@ class Model:
         self.stepping = Stepping(
             backend,
             batch_size=settings.batch_size,
-            concurrency=settings.concurrency,
+            concurrency=backend.streams if isinstance(backend, Embedded) else settings.concurrency,
             observer=self._batch,
             tracer=tracing,
         )
@@ -55,8 +55,8 @@ class Model:
 
     @property
     def engine(self) -> Mapping[str, str]:
-        """Engine, precision, threads, and the sizes that have graphs of their own: what decides the answers' last
-        digits too. Nothing where the model runs in another process."""
+        """Engine, precision, threads, streams, and the sizes that have graphs of their own: what decides how fast it
+        is, and the answers' last digits. Nothing where the model runs in another process."""
         if not isinstance(backend := self._backend, Embedded):
             return {}
         sizes = " ".join(f"{width}x{height}" for height, width in backend.special)
@@ -64,6 +64,7 @@ class Model:
             "engine": backend.engine,
             "precision": backend.precision,
             "threads": str(backend.threads),
+            "streams": str(backend.streams),
             "sizes": sizes,
         }
 

@@ -36,8 +36,9 @@ def _embedded(settings: Settings, model: str | None) -> Embedded:
         engine=settings.engine,
         precision=settings.precision,
         threads=settings.threads,
+        streams=settings.streams,
         ratios=[(int(height), int(width)) for width, _, height in (one.partition(":") for one in wanted)],
     )
-    told = (embedded.card.name, embedded.engine, embedded.precision, embedded.threads)
-    logger.info("%s runs on %s in %s, threads: %d", *told)
+    told = (embedded.card.name, embedded.engine, embedded.precision, embedded.threads, embedded.streams)
+    logger.info("%s runs on %s in %s, threads: %d, streams: %d", *told)
     return embedded

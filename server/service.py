@@ -254,7 +254,7 @@ class Service:
         self.metrics.info(
             "saccade_engine_info",
             "What multiplies for a model of this process, how, and the sizes that have graphs of their own.",
-            ("model", "engine", "precision", "threads", "sizes"),
+            ("model", "engine", "precision", "threads", "streams", "sizes"),
             lambda: [(m.name, *m.engine.values()) for m in alias.open if m.engine],
         )
         self.metrics.info(

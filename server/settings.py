@@ -59,6 +59,14 @@ class Settings(BaseSettings):
     threads: int | None = Field(
         None, ge=1, le=1024, description="CPU threads of the engine; by default the physical cores."
     )
+    streams: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="Batches that the engine runs at once, each on its share of `threads`; one without company gets "
+        "them all. By default two, or a quarter of the threads, for small models on OpenVINO, and else one. More than "
+        "one takes the weights' memory twice.",
+    )
     ratios: str = Field(
         "",
         pattern=RATIOS,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -50,8 +50,9 @@ class Backend(Protocol):
 class Specialising(Protocol):
     """A backend that is faster at some sizes than at others."""
 
-    async def specialise(self, batch_size: int) -> None:
-        """Get ready for the sizes that come most, in steps of so many rows. Before the first caller."""
+    async def specialise(self, batch_size: int) -> Sequence[tuple[int, int]]:
+        """Get ready for the sizes that come most, in steps of so many rows, and tell them: (H, W) of the model's
+        pictures. Before the first caller."""
         ...
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self
 
+from saccade.backends import Ticket
 from saccade.backends.engines import Engine, choose, default_threads, open_engine
 from saccade.backends.graphs import Feeds, Graphs, Part, Results, names
 from saccade.card import Card
@@ -19,33 +20,44 @@ log = logging.getLogger(__name__)
 Size = tuple[int, int]
 SPECIAL_BYTES = 2**29
 """Of weights that are held once more, for the sizes that come most."""
+SMALL_BYTES = 2**27
+"""Of weights, in models whose steps do not keep many threads busy."""
+THREADS_OF_A_STREAM = 4
+Engines = Mapping[Part, Engine]
 
 
 class Embedded(Graphs):
-    """Three compiled graphs and one worker thread: calls run one after another, each on all of the engine's threads.
+    """Three compiled graphs and a worker thread for each stream: `streams` calls run at once, each on its share of the
+    engine's threads. Small steps gain little from many threads, so that more of them are done in a second.
 
-    The event loop stays free meanwhile. A call that is cancelled before its turn never runs.
-    `engine`, `precision` and `threads` say what was chosen; the decoder is always fp32, it is tiny.
-    `special` has the (H, W) of the model's pictures that `specialise` has made fast.
+    A call whose ticket says that it is `alone` runs on all threads instead, in graphs compiled once more for that.
+
+    The event loop stays free meanwhile. A call that is cancelled before its turn never runs. `engine`, `precision`,
+    `threads` and `streams` say what was chosen; the decoder is always fp32, it is tiny. `special` has the (H, W) of the
+    model's pictures that `specialise` has made fast.
     """
 
     def __init__(
         self,
         card: Card,
-        engines: Mapping[Part, Engine],
+        engines: Engines,
+        alone: Engines,
         engine: str,
         precision: str,
         threads: int,
+        streams: int,
         ratios: Sequence[Size] = (),
     ) -> None:
         super().__init__(card, engines)
         self.engine = engine
         self.precision = precision
         self.threads = threads
+        self.streams = streams
         self.special: list[Size] = []
         self._ratios = ratios
         self._engines = engines
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="saccade-embedded")
+        self._alone = alone
+        self._workers = ThreadPoolExecutor(streams, thread_name_prefix="saccade-embedded")
 
     @classmethod
     def load(
@@ -56,40 +68,49 @@ class Embedded(Graphs):
         engine: str = "auto",
         precision: str = "auto",
         threads: int | None = None,
+        streams: int | None = None,
         ratios: Sequence[Size] = (),
     ) -> Self:
         """Verify the files against the card's digests, compile them, check that they are what the card says.
 
         `engine`: auto, openvino, onnxruntime. `precision`: auto, fp32, bf16. `threads`: None takes the physical cores.
-        `ratios`: of height to width; `specialise` makes pictures of these fast. Raises ModelError.
+        `streams`: calls that run at once; None: as `default_streams` has it. `ratios`: of height to width; `specialise`
+        makes pictures of these fast. Raises ModelError.
         """
         card = repository.card(model or repository.default())
         repository.verify(card)
         engine, precision = choose(engine, precision)
         threads = threads or default_threads()
+        streams = streams or default_streams(engine, threads, card.parameters)
+        if streams > threads:
+            raise ModelError(f"{streams} streams cannot share {threads} threads: ask for fewer, or for more threads")
         parts = names(card)
 
-        def compiled(part: Part) -> Engine:
+        def compiled(part: Part, streams: int) -> Engine:
             own = "fp32" if part == "decoder" else precision
-            return open_engine(repository.graph(parts[part]), engine, own, threads)
+            return open_engine(repository.graph(parts[part]), engine, own, threads, streams)
 
-        with ThreadPoolExecutor(len(parts)) as pool:  # most of a start is compiling
-            engines = dict(zip(parts, pool.map(compiled, parts), strict=True))
-        return cls(card, engines, engine, precision, threads, ratios)
+        with ThreadPoolExecutor(2 * len(parts)) as pool:  # most of a start is compiling
+            shared = {part: pool.submit(compiled, part, streams) for part in parts}
+            alone = {part: pool.submit(compiled, part, 1) for part in parts if streams > 1}
+        shares = _results(shared)
+        return cls(card, shares, _results(alone) or shares, engine, precision, threads, streams, ratios)
 
-    async def run(self, part: Part, feeds: Feeds) -> Results:
+    async def run(self, part: Part, feeds: Feeds, ticket: Ticket) -> Results:
+        engines = self._alone if ticket.alone else self._engines
         try:
-            future = asyncio.get_running_loop().run_in_executor(self._worker, self._compute, part, feeds)
+            future = asyncio.get_running_loop().run_in_executor(self._workers, self._compute, engines, part, feeds)
         except RuntimeError as error:  # the pool's word for being shut down
             raise BackendUnavailable("the backend is closed") from error
         return await future
 
-    async def specialise(self, batch_size: int) -> None:
+    async def specialise(self, batch_size: int) -> Sequence[Size]:
         """Compile encoder and denoiser for the tasks' default sizes and the ratios, as many as memory is set aside for.
-        Where the engine cannot, all goes on as it was."""
+        Where the engine cannot, all goes on as it was. Those that it could."""
         edges = {task.defaults.processing_resolution for task in self.card.tasks.values()} - {0}
         fits = [Fit.plan(ratio, edge, self.card.latent.multiple) for edge in sorted(edges) for ratio in self._ratios]
-        most = SPECIAL_BYTES // (4 * max(1, self.card.parameters))
+        copies = min(self.streams, 2)
+        most = SPECIAL_BYTES // (4 * max(1, self.card.parameters) * copies)
         for size in list(dict.fromkeys(fit.padded for fit in fits))[:most]:
             try:
                 if await asyncio.to_thread(self._specialise, size, batch_size):
@@ -100,26 +121,41 @@ class Embedded(Graphs):
         if self.special:
             told = ", ".join(f"{width} x {height}" for height, width in self.special)
             log.info("%s has graphs of fixed size for %s px", self.card.name, told)
+        return self.special
 
     def _specialise(self, size: Size, batch_size: int) -> bool:
         picture, latent = (1, 3, *size), self.card.latent
-        conditioning = self._engines["encoder"].specialise({"image": picture, "prompt": picture, "task": (1,)})
-        if not conditioning:
-            return False
         cells = (batch_size, latent.channels, size[0] // latent.stride, size[1] // latent.stride)
-        seen = {name: (batch_size, *conditioning[name][1:]) for name in self.card.conditioning}
-        rows = {"latent": cells, "timestep": (batch_size,), "task": (batch_size,)}
-        return bool(self._engines["denoiser"].specialise(rows | seen))
+        for engines in (self._engines, self._alone)[: min(self.streams, 2)]:
+            conditioning = engines["encoder"].specialise({"image": picture, "prompt": picture, "task": (1,)})
+            if not conditioning:
+                return False
+            seen = {name: (batch_size, *conditioning[name][1:]) for name in self.card.conditioning}
+            rows = {"latent": cells, "timestep": (batch_size,), "task": (batch_size,)}
+            if not engines["denoiser"].specialise(rows | seen):
+                return False
+        return True
 
     async def aclose(self) -> None:
         """Let the calls in hand end; later ones are refused."""
-        await asyncio.to_thread(self._worker.shutdown)
+        await asyncio.to_thread(self._workers.shutdown)
 
-    def _compute(self, part: Part, feeds: Feeds) -> Results:
+    def _compute(self, engines: Engines, part: Part, feeds: Feeds) -> Results:
         self.check_feeds(part, feeds)
         try:
-            results = self._engines[part].run(feeds)
+            results = engines[part].run(feeds)
         except Exception as error:  # every engine has its own
             raise ModelError(f"the {part} of {self.card.name} failed to run") from error
         self.check_results(part, feeds, results)
         return results
+
+
+def default_streams(engine: str, threads: int, parameters: int) -> int:
+    """Calls that run at once where nobody says: two or more for OpenVINO, of small models (`bench.engines`)."""
+    if engine != "openvino" or 4 * parameters > SMALL_BYTES:
+        return 1
+    return min(threads, max(2, threads // THREADS_OF_A_STREAM))
+
+
+def _results(made: Mapping[Part, Future[Engine]]) -> dict[Part, Engine]:
+    return {part: future.result() for part, future in made.items()}

@@ -7,8 +7,9 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 import numpy as np
@@ -65,10 +66,13 @@ def choose(engine: str, precision: str) -> tuple[str, str]:
     return found[0], precision
 
 
-def open_engine(file: Path, engine: str, precision: str, threads: int) -> Engine:
-    """Compile a graph, with names as `choose` gives them. Raises ModelError for a file that is not a graph."""
+def open_engine(file: Path, engine: str, precision: str, threads: int, streams: int = 1) -> Engine:
+    """Compile a graph, with names as `choose` gives them, for `streams` runs at once, each on its share of the threads.
+    Raises ModelError for a file that is not a graph."""
     try:
-        return OpenVino(file, precision, threads) if engine == "openvino" else OnnxRuntime(file, threads)
+        if engine == "openvino":
+            return OpenVino(file, precision, threads, streams)
+        return OnnxRuntime(file, threads // streams)
     except Exception as error:  # every engine has its own
         told = _first_line(error).replace(f"{file.parents[2]}/", "")
         raise ModelError(f"{engine} cannot load {'/'.join(file.parts[-3:])}: {told}") from error
@@ -100,51 +104,94 @@ class OnnxRuntime:
 
 
 class OpenVino:
-    """fp32, or bf16 in linear layers and convolutions as `saccade.backends.bf16` says."""
+    """fp32, or bf16 in linear layers and convolutions as `saccade.backends.bf16` says. Further runs than `streams` wait
+    for one of those to end.
 
-    def __init__(self, file: Path, precision: str, threads: int) -> None:
-        self._file, self._precision, self._threads = file, precision, threads
+    A run that has begun goes on, even if nobody wants its results any more: OpenVINO 2026 can cancel it, but that is a
+    failure to it, with what `_Compiled` tells of failures.
+    """
+
+    def __init__(self, file: Path, precision: str, threads: int, streams: int = 1) -> None:
+        self._file, self._precision, self._threads, self._streams = file, precision, threads, streams
         model = self._read()
         self.inputs = {port.any_name: _ov_port(port) for port in model.inputs}
         self.outputs = {port.any_name: _ov_port(port) for port in model.outputs}
-        self._any = self._compiled(model)
-        self._special: dict[tuple[tuple[int, ...], ...], Any] = {}
-        self._one_at_a_time = threading.Lock()
+        self._any = _Compiled(self._requests(model), lambda: self._requests(self._read()))
+        self._special: dict[tuple[tuple[int, ...], ...], _Compiled] = {}
 
     def specialise(self, shapes: Shapes) -> Shapes:
         """With every size known OpenVINO fuses more, and infers no shapes as it goes."""
-        model = self._read()
-        model.reshape({name: list(shapes[name]) for name in self.inputs})
-        self._special[tuple(shapes[name] for name in self.inputs)] = self._compiled(model)
+        model = self._read(shapes)
+        compiled = _Compiled(self._requests(model), lambda: self._requests(self._read(shapes)))
+        self._special[tuple(shapes[name] for name in self.inputs)] = compiled
         return {port.any_name: _ov_port(port).dims for port in model.outputs}
 
     def run(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
         whole = {name: np.ascontiguousarray(value) for name, value in feeds.items()}
-        request = self._special.get(tuple(whole[name].shape for name in self.inputs), self._any)
-        with self._one_at_a_time:
-            results = request.infer(whole, share_inputs=True)
-        return dict(zip(self.outputs, results.to_tuple(), strict=True))
+        compiled = self._special.get(tuple(whole[name].shape for name in self.inputs), self._any)
+        return dict(zip(self.outputs, compiled.run(whole), strict=True))
 
-    def _read(self) -> Any:
+    def _read(self, shapes: Shapes | None = None) -> Any:
         openvino = _openvino()
         with _READING:
             openvino.Tensor(np.zeros(1, np.float32))
             model = openvino.Core().read_model(str(self._file))
             self.lowered = bf16.narrow(model) if self._precision == "bf16" else 0
         log.debug("%s: %d layers in bf16", "/".join(self._file.parts[-3:]), self.lowered)
+        if shapes is not None:
+            model.reshape({name: list(shapes[name]) for name in self.inputs})
         return model
 
-    def _compiled(self, model: Any) -> Any:
-        compiled = _openvino().Core().compile_model(model, "CPU", openvino_properties(self._threads))
-        return compiled.create_infer_request()
+    def _requests(self, model: Any) -> list[Any]:
+        """One for each stream of the compiled model."""
+        properties = openvino_properties(self._threads, self._streams)
+        compiled = _openvino().Core().compile_model(model, "CPU", properties)
+        return [compiled.create_infer_request() for _ in range(self._streams)]
 
 
-def openvino_properties(threads: int) -> dict[str, Any]:
+class _Compiled:
+    """Infer requests of one compiled model, each for one run at a time; further runs wait.
+
+    A run that fails leaves its stream's graph in disorder: later runs of other sizes fail too, or answer with what was
+    there before. So all is compiled anew then, and a run that another's failure fell into is run once more.
+    """
+
+    def __init__(self, requests: list[Any], again: Callable[[], list[Any]]) -> None:
+        self._requests, self._again = requests, again
+        self._free: SimpleQueue[int] = SimpleQueue()
+        for slot in range(len(self._requests)):
+            self._free.put(slot)
+        self._failures = 0
+        self._mending = threading.Lock()
+
+    def run(self, feeds: Feeds) -> tuple[NDArray[Any], ...]:
+        slot = self._free.get()
+        try:
+            while True:
+                with self._mending:
+                    request, failures = self._requests[slot], self._failures
+                results: tuple[NDArray[Any], ...] = self._infer(request, feeds)
+                if self._failures == failures:
+                    return results
+        finally:
+            self._free.put(slot)
+
+    def _infer(self, request: Any, feeds: Feeds) -> Any:
+        try:
+            return request.infer(feeds, share_inputs=True).to_tuple()
+        except Exception:
+            with self._mending:
+                self._failures += 1
+                self._requests = self._again()
+            raise
+
+
+def openvino_properties(threads: int, streams: int = 1) -> dict[str, Any]:
     """How every graph is compiled: precision is the graph's own (see `saccade.backends.bf16`)."""
     return {
         "INFERENCE_PRECISION_HINT": "f32",
-        "PERFORMANCE_HINT": "LATENCY",
-        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY" if streams == 1 else "THROUGHPUT",
+        "NUM_STREAMS": streams,
         "INFERENCE_NUM_THREADS": threads,
         "ENABLE_CPU_PINNING": False,  # several processes of one machine would pin to the same cores
     }

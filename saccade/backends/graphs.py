@@ -54,21 +54,21 @@ class Graphs(ABC):
         self._ports = ports
 
     @abstractmethod
-    async def run(self, part: Part, feeds: Feeds) -> Results:
+    async def run(self, part: Part, feeds: Feeds, ticket: Ticket) -> Results:
         """Every input by name -> every output by name, both as `check_feeds` and `check_results` have them."""
 
     async def encode(self, image: Array, prompt: Array, task: Labels, ticket: Ticket) -> Conditioning:
-        results = await self.run("encoder", {"image": image, "prompt": prompt, "task": task})
+        results = await self.run("encoder", {"image": image, "prompt": prompt, "task": task}, ticket)
         return {name: results[name] for name in self.card.conditioning or results}
 
     async def denoise(
         self, latent: Array, timestep: Labels, task: Labels, conditioning: Conditioning, ticket: Ticket
     ) -> Array:
         feeds: Feeds = {"latent": latent, "timestep": timestep, "task": task, **conditioning}
-        return (await self.run("denoiser", feeds))["prediction"]
+        return (await self.run("denoiser", feeds, ticket))["prediction"]
 
     async def decode(self, latent: Array, ticket: Ticket) -> Array:
-        return (await self.run("decoder", {"latent": latent}))["picture"]
+        return (await self.run("decoder", {"latent": latent}, ticket))["picture"]
 
     def check_feeds(self, part: Part, feeds: Feeds) -> None:
         """Raises ModelError. OpenVINO reads past the end of an input that does not fit, so none may reach it."""

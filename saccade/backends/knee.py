@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import logging
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -13,24 +14,61 @@ from saccade.backends.pace import Pace
 from saccade.card import Card
 from saccade.errors import ModelError
 
+log = logging.getLogger(__name__)
+
 LARGEST_BATCH = 8
 WORTHWHILE = 0.15
 MEASURING_S = 0.04
 WARM_UP_PX = 512
 
 
+class Trial:
+    """One picture of a size (H, W) through `backend`: whatever it holds is noise."""
+
+    def __init__(self, backend: Backend, size: tuple[int, int]) -> None:
+        self.backend = backend
+        latent, random = backend.card.latent, np.random.default_rng(0)
+        cells = [edge // latent.stride for edge in size]
+        self.picture: Array = random.uniform(-1, 1, (1, 3, *size)).astype(np.float32)
+        self.noise: Array = random.standard_normal((1, latent.channels, *cells), np.float32)
+        self.conditioning: Conditioning = {}
+
+    async def encode(self, ticket: Ticket) -> Conditioning:
+        """Before any step."""
+        self.conditioning = await self.backend.encode(self.picture, self.picture, self._labels(1), ticket)
+        return self.conditioning
+
+    async def step(self, rows: int, ticket: Ticket) -> Array:
+        wanted, timestep = self.backend.card.conditioning, self.backend.card.noise.timesteps - 1
+        seen = {name: np.repeat(value, rows, 0) for name, value in self.conditioning.items() if name in wanted}
+        noise, timesteps = np.repeat(self.noise, rows, 0), np.full(rows, timestep, np.int64)
+        return await self.backend.denoise(noise, timesteps, self._labels(rows), seen, ticket)
+
+    async def decode(self, ticket: Ticket) -> Array:
+        return await self.backend.decode(self.noise, ticket)
+
+    def _labels(self, rows: int) -> Labels:
+        return np.full(rows, min(self.backend.card.labels), np.int64)
+
+    async def bytes(self, rows: int, ticket: Ticket) -> list[bytes]:
+        """Of all that comes out."""
+        encoded = await self.encode(ticket)
+        found = [*encoded.values(), await self.step(rows, ticket), await self.decode(ticket)]
+        return [value.tobytes() for value in found]
+
+
 class WarmUp:
-    """Runs `backend` at the largest default size of its tasks, and tells `pace` what a batch of each kind takes."""
+    """Runs `backend` at the largest default size of its tasks, and tells `pace` what a batch of each kind takes.
+
+    `alike`: whether batches that are told that they are alone give the same bytes as others, at every size tried.
+    """
 
     def __init__(self, backend: Backend, pace: Pace) -> None:
         self.backend, self.pace = backend, pace
-        latent = self.card.latent
-        self.edge = -(-(self.card.largest or WARM_UP_PX) // latent.multiple) * latent.multiple
-        random = np.random.default_rng(0)
-        cells = self.edge // latent.stride
-        self.picture: Array = random.uniform(-1, 1, (1, 3, self.edge, self.edge)).astype(np.float32)
-        self.noise: Array = random.standard_normal((1, latent.channels, cells, cells), np.float32)
-        self.conditioning: Conditioning = {}
+        self.alike = False
+        multiple = self.card.latent.multiple
+        self.edge = -(-(self.card.largest or WARM_UP_PX) // multiple) * multiple
+        self.trial = Trial(backend, (self.edge, self.edge))
 
     @property
     def card(self) -> Card:
@@ -38,16 +76,14 @@ class WarmUp:
 
     async def run(self, batch_size: int | None) -> int:
         """The batch size: the one given, or else the knee. Raises ModelError or BackendUnavailable."""
-        self.conditioning = await self.backend.encode(self.picture, self.picture, self._labels(1), Ticket())
+        await self.trial.encode(Ticket())
         size = batch_size or await self._knee()
-        if isinstance(self.backend, Specialising):
-            await self.backend.specialise(size)
-        encode = partial(self.backend.encode, self.picture, self.picture, self._labels(1))
-        self.pace.saw("encode", self.edge**2, await _fastest_s(lambda: encode(Ticket())))
-        decode = partial(self.backend.decode, self.noise)
-        self.pace.saw("decode", self.edge**2, await _fastest_s(lambda: decode(Ticket())))
         self.pace.batch_size = size
-        self.pace.saw("denoise", self.edge**2, await self._step_s(size))
+        if isinstance(self.backend, Specialising):
+            special = await self.backend.specialise(size)
+            self.alike = self.pace.concurrency > 1 and await self._same_bytes(size, special)
+        for alone in (False, True) if self.pace.concurrency > 1 else (False,):
+            await self._time(size, alone)
         return size
 
     async def _knee(self) -> int:
@@ -63,19 +99,29 @@ class WarmUp:
             size, step_s = size * 2, doubled
         return size
 
-    async def _step_s(self, size: int) -> float:
-        """Of the fastest step of `size` rows."""
-        timestep = np.full(size, self.card.noise.timesteps - 1, np.int64)
-        seen = {
-            name: np.repeat(value, size, 0)
-            for name, value in self.conditioning.items()
-            if name in self.card.conditioning
-        }
-        rows, labels = np.repeat(self.noise, size, 0), self._labels(size)
-        return await _fastest_s(lambda: self.backend.denoise(rows, timestep, labels, seen, Ticket()))
+    async def _step_s(self, rows: int, alone: bool = False) -> float:
+        """Of the fastest step of so many rows."""
+        return await _fastest_s(partial(self.trial.step, rows, Ticket(alone=alone)))
 
-    def _labels(self, size: int) -> Labels:
-        return np.full(size, min(self.card.labels), np.int64)
+    async def _time(self, size: int, alone: bool) -> None:
+        """What a batch of each kind takes, in company or alone."""
+        pixels, ticket = self.edge**2, Ticket(alone=alone)
+        self.pace.saw("encode", pixels, await _fastest_s(partial(self.trial.encode, ticket)), alone)
+        self.pace.saw("decode", pixels, await _fastest_s(partial(self.trial.decode, ticket)), alone)
+        self.pace.saw("denoise", pixels, await self._step_s(size, alone), alone)
+
+    async def _same_bytes(self, size: int, special: Sequence[tuple[int, int]]) -> bool:
+        half = max(1, self.edge // 2 // self.card.latent.multiple) * self.card.latent.multiple
+        for height_width in ((self.edge, self.edge), (half, self.edge), *special):
+            trial = Trial(self.backend, height_width)
+            try:
+                usual = await trial.bytes(size, Ticket())
+            except ModelError:  # not every model takes every size
+                continue
+            if await trial.bytes(size, Ticket(alone=True)) != usual:
+                log.warning("%s: other bytes alone than in company; nothing is told that it is alone", self.card.name)
+                return False
+        return True
 
 
 async def _fastest_s(run: Callable[[], Awaitable[object]]) -> float:

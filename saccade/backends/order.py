@@ -74,16 +74,19 @@ class _Soft(Order):
     A client's request starts, as far as the order is concerned, where the client's last one finished by its share of
     the machine, which is its weight among those of all clients that are not done by theirs: start = max(now, finish),
     finish = start + work / share. It is wanted by then, but not before `stretch` times what it takes alone. What is
-    called off is taken back from the client's finish, for those that come after. Requests of nobody start now.
+    called off is taken back from the client's finish and from those of its requests that came after. Requests of nobody
+    start now.
     """
 
     def __init__(self, stretch: float = STRETCH) -> None:
         self.stretch = stretch
         self._busy: dict[str, tuple[float, float]] = {}
+        self._charged: dict[str, list[Ticket]] = {}
 
     def idle(self) -> None:
         """An idle machine owes nobody anything, whatever was charged for work that was then called off."""
         self._busy.clear()
+        self._charged.clear()
 
     def came(self, ticket: Ticket, now: float, pace: Pace) -> None:
         work, alone = ticket.left_s(now, pace)
@@ -96,6 +99,9 @@ class _Soft(Order):
             finish = ticket.starts + work / ticket.share
             ticket.ends = finish
             self._busy[ticket.client] = finish, ticket.weight
+            before = [known for known in self._charged.get(ticket.client, ()) if known.ends > now]
+            self._charged = {client: known for client, known in self._charged.items() if client in self._busy}
+            self._charged[ticket.client] = [*before, ticket]
         ticket.soft = max(finish, ticket.starts + self.stretch * alone)
 
     def left(self, ticket: Ticket, now: float, pace: Pace) -> None:
@@ -103,7 +109,21 @@ class _Soft(Order):
             finish, weight = self._busy[ticket.client]
             called_off_s = max(0.0, ticket.charged_s - ticket.ran_s(pace)) / ticket.share
             still_charged_s = max(0.0, ticket.ends - max(now, ticket.starts))
-            self._busy[ticket.client] = finish - min(called_off_s, still_charged_s), weight
+            refund_s = min(called_off_s, still_charged_s)
+            self._busy[ticket.client] = finish - refund_s, weight
+            self._advance(ticket, refund_s, now)
+
+    def _advance(self, gone: Ticket, by_s: float, now: float) -> None:
+        """Those of its client that came after start so much earlier, but not before now."""
+        charged = self._charged.get(gone.client or "", [])
+        at = next((at for at, known in enumerate(charged) if known is gone), len(charged))
+        for later in charged[at + 1 :]:
+            earlier_s = min(by_s, max(0.0, later.starts - now))
+            later.starts -= earlier_s
+            later.ends -= earlier_s
+            if later.soft is not None:
+                later.soft -= earlier_s
+        del charged[at : at + 1]
 
 
 class ByDeadline(_Soft):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from statistics import median
 from typing import Literal
 
 Kind = Literal["encode", "denoise", "decode"]
-KINDS: tuple[Kind, ...] = ("encode", "denoise", "decode")
+Case = tuple[Kind, bool]
+"""Of a batch, and whether it ran alone."""
 
 GUESS_PX = 256 * 256
 GUESS_S: dict[Kind, float] = {"encode": 0.2, "denoise": 0.05, "decode": 0.05}
@@ -18,7 +19,7 @@ MOST_SIZES = 64
 
 
 class Pace:
-    """Seconds of a batch, by kind and the picture's pixels (those that the model is given).
+    """Seconds of a batch, by kind and the picture's pixels (those that the model is given), in company and alone.
 
     A size that was seen takes the median of its last batches, so that one that stood still for a while changes nothing.
     Between two sizes seen the time is linear in the pixels; beyond them it is in proportion to the nearest one's.
@@ -27,29 +28,32 @@ class Pace:
 
     def __init__(self, batch_size: int = 1, concurrency: int = 1) -> None:
         self.batch_size, self.concurrency = batch_size, concurrency
-        self._seen: dict[Kind, OrderedDict[int, deque[float]]] = {kind: OrderedDict() for kind in KINDS}
-        self._curves: dict[Kind, dict[int, float]] = {kind: {} for kind in KINDS}
-        self._known: dict[tuple[Kind, int], float] = {}
+        self._seen: dict[Case, OrderedDict[int, deque[float]]] = defaultdict(OrderedDict)
+        self._curves: dict[Case, dict[int, float]] = defaultdict(dict)
+        self._known: dict[tuple[Case, int], float] = {}
 
-    def saw(self, kind: Kind, pixels: int, seconds: float) -> None:
-        """A batch ran for `seconds`."""
-        seen = self._seen[kind]
+    def saw(self, kind: Kind, pixels: int, seconds: float, alone: bool = False) -> None:
+        """A batch ran for `seconds`; `alone`: without others beside it."""
+        case = kind, alone
+        seen = self._seen[case]
         seen.setdefault(pixels, deque(maxlen=KEPT)).append(seconds)
         seen.move_to_end(pixels)
-        self._curves[kind][pixels] = median(seen[pixels])
+        self._curves[case][pixels] = median(seen[pixels])
         if len(seen) > MOST_SIZES:
-            del self._curves[kind][seen.popitem(last=False)[0]]
+            del self._curves[case][seen.popitem(last=False)[0]]
         self._known.clear()
 
-    def batch_s(self, kind: Kind, pixels: int) -> float:
+    def batch_s(self, kind: Kind, pixels: int, alone: bool = False) -> float:
         """Seconds of one batch from its start to its end."""
-        found = self._known.get((kind, pixels))
+        case = kind, alone
+        found = self._known.get((case, pixels))
         if found is None:
-            found = self._known[kind, pixels] = self._between(kind, pixels)
+            found = self._known[case, pixels] = self._between(case, pixels)
         return found
 
-    def _between(self, kind: Kind, pixels: int) -> float:
-        curve = sorted(self._curves[kind].items())
+    def _between(self, case: Case, pixels: int) -> float:
+        kind, alone = case
+        curve = sorted((self._curves[case] or self._curves[kind, not alone]).items())
         if not curve:
             return GUESS_S[kind] * pixels / GUESS_PX
         at = bisect_left(curve, pixels, key=lambda point: point[0])
@@ -72,7 +76,7 @@ class Pace:
         wide = max(1, min(rows, at_once))
         batches = -(-wide // self.together(kind))  # of one round
         rounds = -(-rows // wide)
-        return rounds * self.batch_s(kind, pixels) * -(-batches // self.concurrency)
+        return rounds * self.batch_s(kind, pixels, batches == 1) * -(-batches // self.concurrency)
 
     def alone_s(self, pixels: int, steps: int, members: int) -> float:
         """Seconds of a request's graphs (one encoding, `steps` x `members`, a decoding each) that has all to itself."""

@@ -47,7 +47,8 @@ class Stepping:
     Every denoising batch has exactly `batch_size` rows, filled up with copies of its first, so that the same
     arithmetic runs however many share it. Pictures and latents are encoded and decoded one at a time.
 
-    `batch_size` None is measured by `start` (1 until then). `concurrency` batches are in flight at once.
+    `batch_size` None is measured by `start` (1 until then). `concurrency` batches are in flight at once; one that has
+    no company, running or waiting, is `alone` to the backend if `start` has seen that its bytes are the same then.
     `observer` hears of every batch that succeeded: its kind, rows (without copies) and seconds. `finished` counts the
     batches that the backend has come back from, well or not.
     """
@@ -80,6 +81,7 @@ class Stepping:
         self._batches: set[asyncio.Task[None]] = set()
         self._running: Counter[Kind] = Counter()
         self._batches_of: Counter[Kind] = Counter()
+        self._tells_alone = False
         self._closed = False
 
     @property
@@ -153,7 +155,9 @@ class Stepping:
 
     async def start(self) -> None:
         """Run every graph once, so that the first caller does not pay for it; measure the knee if it was not given."""
-        self._batch_size = await WarmUp(self._backend, self.pace).run(None if self._measure else self._batch_size)
+        warm_up = WarmUp(self._backend, self.pace)
+        self._batch_size = await warm_up.run(None if self._measure else self._batch_size)
+        self._tells_alone = warm_up.alike
 
     async def encode(self, image: Array, prompt: Array, task: Labels, ticket: Ticket) -> Conditioning:
         return await self._submit("encode", {"image": image, "prompt": prompt, "task": task}, ticket)
@@ -211,12 +215,13 @@ class Stepping:
     def _pump(self) -> None:
         """Start batches while there are rows and slots."""
         while self._free and (batch := self._take()):
+            alone = self._concurrency > 1 and not self._batches and not self._lines
             self._free -= 1
             self._running[batch[0].kind] += len(batch)
             self._batches_of[batch[0].kind] += 1
             for row in batch:
                 row.ticket.start()
-            task = asyncio.get_running_loop().create_task(self._work(batch))
+            task = asyncio.get_running_loop().create_task(self._work(batch, alone))
             for row in batch:
                 row.batch, row.work = batch, task
             self._batches.add(task)
@@ -290,11 +295,11 @@ class Stepping:
         shape = feeds["image" if kind == "encode" else "latent"].shape
         return int(shape[-2] * shape[-1]) * (1 if kind == "encode" else self.card.latent.stride**2)
 
-    async def _work(self, batch: list[Row]) -> None:
+    async def _work(self, batch: list[Row], alone: bool = False) -> None:
         began = self._now()
         try:
             with self._traced(batch):
-                results = await self._call(batch[0].kind, self._fill(batch))
+                results = await self._call(batch[0].kind, self._fill(batch), alone)
         except Exception as error:
             self.finished += 1
             if isinstance(error, ModelError) and len(batch) > 1:
@@ -307,7 +312,7 @@ class Stepping:
                 if not row.result.done():
                     row.result.set_result({name: value[i : i + 1] for name, value in results.items()})
             seconds = self._now() - began
-            self.pace.saw(batch[0].kind, batch[0].pixels, seconds)
+            self.pace.saw(batch[0].kind, batch[0].pixels, seconds, alone)
             if self._observer is not None:
                 self._observer(batch[0].kind, len(batch), seconds)
 
@@ -333,8 +338,8 @@ class Stepping:
         rows = [*batch, *[batch[0]] * missing]
         return {name: _join([row.feeds[name] for row in rows]) for name in batch[0].feeds}
 
-    async def _call(self, kind: Kind, feeds: Tensors) -> Tensors:
-        ticket = Ticket()  # the backend's own waiting is ours, not the callers'
+    async def _call(self, kind: Kind, feeds: Tensors, alone: bool) -> Tensors:
+        ticket = Ticket(alone=alone and self._tells_alone)  # the backend's own waiting is ours, not the callers'
         match kind:
             case "encode":
                 return await self._backend.encode(feeds["image"], feeds["prompt"], feeds["task"], ticket)

@@ -30,7 +30,8 @@ class Ticket:
 
     `deadline`: when its answer is wanted, in seconds of the event loop's clock; None: as soon as possible. `client`:
     who shares among their requests what a client gets; None: nobody. A client of twice the `weight` gets twice as much.
-    `elastic`: at its deadline it is content with what there is by then. The order of the lane keeps `soft`, the
+    `elastic`: at its deadline it is content with what there is by then. `alone`: nothing else runs or waits, so that
+    what it asks for now may have the whole machine. The order of the lane keeps `soft`, the
     deadline that it goes by where there is none, `starts`, `ends`, `charged_s`, `share`, `arrived`, `turn` and
     `oldest_row`.
 
@@ -45,6 +46,7 @@ class Ticket:
     client: str | None = None
     weight: float = 1.0
     elastic: bool = False
+    alone: bool = False
     soft: float | None = None
     starts: float = 0.0
     ends: float = 0.0

@@ -22,6 +22,7 @@ from tritonclient.grpc.service_pb2 import (
     RepositoryModelUnloadRequest,
 )
 
+from saccade.backends import Ticket
 from saccade.backends.endpoints import Endpoint, Endpoints, Fault, Kind
 from saccade.backends.graphs import Feeds, Graphs, Part, Port, Results, names
 from saccade.card import PARAMETER, Card
@@ -162,7 +163,7 @@ class Triton(Graphs):
         """Address -> up, loading or gone."""
         return {address: state.value for address, state in self._endpoints.states.items()}
 
-    async def run(self, part: Part, feeds: Feeds) -> Results:
+    async def run(self, part: Part, feeds: Feeds, ticket: Ticket) -> Results:
         self.check_feeds(part, feeds)
         self._check_rows(part, feeds)
         signature = self._signatures[part]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import onnxruntime
 import pytest
 
 from saccade.backends import Ticket
-from saccade.backends.embedded import Embedded
+from saccade.backends.embedded import Embedded, default_streams
+from saccade.backends.graphs import Feeds
 from saccade.backends.stepping import Stepping
 from saccade.errors import BackendUnavailable, ModelError
 from saccade.repository import Repository
@@ -186,6 +188,48 @@ def test_a_cancelled_call_that_waits_never_runs(tmp_path: Path, monkeypatch: pyt
 
     asyncio.run(leave())
     assert runs == [4, 1]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_calls_run_at_once_on_their_share_and_alone_on_all_threads(toy_repository: Path, engine: str) -> None:
+    backend = Embedded.load(Repository(toy_repository), engine=engine, threads=2, streams=2)
+    meeting = threading.Barrier(2, timeout=20)
+    shares, whole = backend._engines["decoder"], backend._alone["decoder"]
+    assert shares is not whole
+
+    def meet(feeds: Feeds) -> dict[str, np.ndarray]:
+        meeting.wait()
+        return type(shares).run(shares, feeds)
+
+    async def ask() -> list[np.ndarray]:
+        lane = Stepping(backend, batch_size=1, concurrency=backend.streams)
+        await lane.start()
+        alone = await lane.decode(latents(1), Ticket())
+        shares.run = meet
+        return [alone, *await asyncio.gather(*(lane.decode(latents(1), Ticket()) for _ in range(2)))]
+
+    alone, one, other = asyncio.run(ask())
+    assert alone.tobytes() == one.tobytes() == other.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("engine", "threads", "parameters", "streams"),
+    [
+        ("openvino", 1, 10**7, 1),
+        ("openvino", 2, 10**7, 2),
+        ("openvino", 8, 10**7, 2),
+        ("openvino", 32, 10**7, 8),
+        ("openvino", 8, 10**8, 1),
+        ("onnxruntime", 8, 10**7, 1),
+    ],
+)
+def test_small_models_share_the_threads(engine: str, threads: int, parameters: int, streams: int) -> None:
+    assert default_streams(engine, threads, parameters) == streams
+
+
+def test_more_streams_than_threads_are_refused(toy_repository: Path) -> None:
+    with pytest.raises(ModelError, match="3 streams cannot share 2 threads"):
+        Embedded.load(Repository(toy_repository), threads=2, streams=3)
 
 
 def test_a_closed_backend_is_unavailable(toy_repository: Path) -> None:

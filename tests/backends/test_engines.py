@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,41 @@ def test_a_file_that_is_no_graph_is_a_model_error(tmp_path: Path, engine: str, d
     with pytest.raises(ModelError, match=r"toy/1/model\.onnx") as caught:
         open_engine(file, engine, "fp32", 1)
     assert str(tmp_path) not in str(caught.value)
+
+
+@BOTH
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_runs_that_share_the_threads_answer_as_one_that_has_all(dense: Path, engine: str, precision: str) -> None:
+    if (engine, precision) == ("onnxruntime", "bf16"):
+        pytest.skip("it has no bf16 on a CPU")
+    shared, alone = (open_engine(dense, engine, precision, 4, streams) for streams in (3, 1))
+    asked = [feeds(batch=1, seed=seed) for seed in range(12)]
+    with ThreadPoolExecutor(4) as pool:  # one more than there are streams
+        found = list(pool.map(shared.run, asked))
+    for given, results in zip(asked, found, strict=True):
+        assert np.array_equal(results["prediction"], alone.run(given)["prediction"])
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+def test_a_run_that_fails_spoils_no_other(tmp_path: Path, streams: int) -> None:
+    """What OpenVINO leaves behind of a failure made later runs fail, or answer at the size of an earlier one. (With one
+    thread it does not see that sizes disagree.)"""
+    g = Graph(7)
+    image, prompt = (g.conv(g.conv(name, 3, 8, 3), 8, 8, 3) for name in ("image", "prompt"))
+    g.node("Identity", g.conv(g.node("Add", image, prompt), 8, 8, 3), output="features")
+    file = save(g.model([maps("image", 3), maps("prompt", 3)], [maps("features", 8)]), tmp_path)
+    opened = open_engine(file, "openvino", "fp32", 2, streams)
+
+    def features(*edges: int) -> np.ndarray:
+        pictures = [np.full((1, 3, edge, 48), edge, np.float32) for edge in edges]
+        return opened.run(dict(zip(("image", "prompt"), pictures, strict=True)))["features"]
+
+    before = {edge: features(edge, edge) for edge in (16, 32, 64)}
+    for edges in ((64, 16), (16, 32), (32, 64)):
+        with pytest.raises(RuntimeError):
+            features(*edges)
+        for edge, found in before.items():
+            assert np.array_equal(features(edge, edge), found)
 
 
 def test_openvino_tells_nobody_that_it_runs() -> None:

@@ -111,6 +111,19 @@ def test_what_a_client_called_off_does_not_hold_up_its_next_request() -> None:
     assert ticket(order, 4, client="a").starts == pytest.approx(2 * 4)
 
 
+def test_what_a_client_called_off_lets_those_that_wait_behind_it_start_earlier() -> None:
+    order = Dial()
+    called_off = ticket(order, 50, client="a")
+    waiting, last = ticket(order, 4, client="a"), ticket(order, 2, client="a")
+    other = ticket(order, 20, client="b")
+    assert (waiting.starts, last.starts) == (50, 54)
+    called_off.plan(pixels=PX**2, denoise=-50)
+    order.left(called_off, 1.0, pace())
+    assert (waiting.starts, waiting.ends) == (1, 5)
+    assert (last.starts, last.ends) == (5, 7)
+    assert order.rank([other, waiting, last], 1.0, pace())[-1] is other
+
+
 def test_a_charge_that_time_has_settled_is_not_paid_back() -> None:
     order = Dial()
     ticket(order, 100, client="other")

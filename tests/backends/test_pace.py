@@ -50,6 +50,17 @@ def test_sizes_that_come_and_go_do_not_pile_up() -> None:
     assert pace.batch_s("decode", 1) == pytest.approx(1)
 
 
+def test_what_runs_alone_is_known_apart_once_it_was_seen() -> None:
+    pace = seen(concurrency=2)
+    assert pace.batch_s("denoise", 100, alone=True) == 1.0
+    pace.saw("denoise", 100, 0.6, alone=True)
+    assert (pace.batch_s("denoise", 100, alone=True), pace.batch_s("denoise", 100)) == (0.6, 1.0)
+    assert pace.batch_s("denoise", 200, alone=True) == pytest.approx(1.2)
+    # One member has the machine to itself at every step, two share it.
+    assert pace.alone_s(100, 10, 1) == pytest.approx(0.5 + 10 * 0.6 + 0.1)
+    assert pace.alone_s(100, 10, 2) == pytest.approx(0.5 + 10 * 1.0 + 0.1)
+
+
 @pytest.mark.parametrize(
     ("batch_size", "concurrency", "alone_s", "work_s"),
     [(1, 1, 0.5 + 30 + 0.5, 0.5 + 30 + 0.5), (4, 1, 0.5 + 12 + 0.5, 0.5 + 7.5 + 0.5), (4, 2, 0.5 + 6 + 0.3, 4.25)],

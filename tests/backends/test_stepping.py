@@ -260,6 +260,40 @@ def test_as_many_batches_run_together_as_allowed(toy_repository: Path) -> None:
     assert [run(main(concurrency)) for concurrency in (1, 3)] == [1, 3]
 
 
+def test_only_what_has_no_company_is_told_that_it_is_alone(toy_repository: Path) -> None:
+    async def main(**lane_options: int) -> list[bool]:
+        backend = Recorder.of(toy_repository)
+        lane = Stepping(backend, batch_size=1, **lane_options)
+        await step(lane, 1)
+        assert backend.lone == [False]  # nobody has looked yet whether its bytes are the same then
+        await lane.start()
+        backend.lone.clear()
+        await step(lane, 1)
+        await asyncio.gather(step(lane, 2), step(lane, 3))
+        await asyncio.gather(step(lane, 4), step(lane, 5), step(lane, 6))
+        await step(lane, 7)
+        return backend.lone
+
+    assert run(main(concurrency=2)) == [True, False, False, False, False, False, True]
+    assert not any(run(main(concurrency=1)))
+
+
+def test_nothing_is_alone_to_a_backend_whose_bytes_depend_on_it(
+    toy_repository: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        backend = Recorder.of(toy_repository)
+        backend.alone_gives = 2.0000002
+        lane = Stepping(backend, batch_size=1, concurrency=2)
+        await lane.start()
+        backend.lone.clear()
+        assert float((await step(lane, 1)).flat[0]) == 2
+        assert backend.lone == [False]
+
+    run(main())
+    assert "other bytes alone than in company" in caplog.text
+
+
 @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"batch_size": -1}, {"concurrency": 0}])
 def test_sizes_below_one_are_refused(toy_repository: Path, wrong: dict[str, int]) -> None:
     async def main() -> None:
@@ -309,9 +343,9 @@ class Costly(Recorder):
 
     costs_ms: tuple[float, ...] = ()
 
-    async def run(self, kind: str, rows: Any) -> None:
+    async def run(self, kind: str, rows: Any, ticket: Ticket) -> None:
         await asyncio.sleep(self.costs_ms[len(rows).bit_length() - 1] / 1e3 if kind == "denoise" else 1e-3)
-        await super().run(kind, rows)
+        await super().run(kind, rows, ticket)
 
 
 @pytest.mark.parametrize(

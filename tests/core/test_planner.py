@@ -36,6 +36,10 @@ class Lane:
     busy_s: float = 0.0
     pace: Pace = field(default_factory=paced)
 
+    @property
+    def backlog_s(self) -> float:
+        return self.busy_s
+
     def before_s(self, ticket: Ticket) -> float:
         assert ticket.deadline is not None
         return self.busy_s
