@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +17,8 @@ Maps = NDArray[np.floating[Any]]
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Objective = Callable[[Float64], tuple[float, Float64]]
+Aligner = Callable[[Maps], tuple[Float64, Float64]]
+Spread = Callable[[], Float32]
 
 REGULARIZER_STRENGTH = 0.02
 MIN_RANGE = 1e-6
@@ -37,19 +40,32 @@ def reduce(maps: Maps, reduction: Reduction) -> tuple[Float32, Float32]:
     `aligned_median`; only for [N, H, W]. Of vectors, the uncertainty is the length over the components (px for flow).
     One member: itself, with uncertainty 0. Raises InvalidInput for other shapes, no member, or an unknown reduction.
     """
+    merged, spread = _reduced(maps, reduction)
+    return merged, spread()
+
+
+def merge(maps: Maps, reduction: Reduction) -> Float32:
+    """The map of `reduce` alone, which costs about half as much."""
+    return _reduced(maps, reduction)[0]
+
+
+def _reduced(maps: Maps, reduction: Reduction) -> tuple[Float32, Spread]:
+    """The map, and its uncertainty for who asks."""
     _check(maps)
     if reduction == "aligned_median":
-        return aligned_median(maps)
+        return _aligned_median(maps, align)
     if reduction == "mean":
-        merged, spread = maps.mean(0, dtype=np.float64), maps.std(0, dtype=np.float64)
-    elif reduction == "median":
-        merged = _median(maps)
-        spread = _median(np.abs(maps - merged))
-    else:
-        raise InvalidInput(f"reduction must be mean, median or aligned_median, not {reduction}", param="reduction")
-    if spread.ndim == 3:
-        spread = np.linalg.norm(spread, axis=-1)
-    return merged.astype(np.float32), spread.astype(np.float32)
+        mean = maps.mean(0, dtype=np.float64)
+        return mean.astype(np.float32), lambda: _length(maps.std(0, dtype=np.float64))
+    if reduction == "median":
+        median = _median(maps)
+        return median.astype(np.float32), lambda: _length(_median(np.abs(maps - median)))
+    raise InvalidInput(f"reduction must be mean, median or aligned_median, not {reduction}", param="reduction")
+
+
+def _length(spread: Maps) -> Float32:
+    """[H, W], or the components [H, W, 2] of vectors -> [H, W]."""
+    return (np.linalg.norm(spread, axis=-1) if spread.ndim == 3 else spread).astype(np.float32)
 
 
 def aligned_median(
@@ -66,15 +82,21 @@ def aligned_median(
     uncertainty their median absolute deviation from it, on the map's scale. A flat map is not stretched. One member:
     itself, as it is, with uncertainty 0. Options as in `align`. Raises InvalidInput unless maps is [N, H, W], N >= 1.
     """
+    fitted = partial(align, regularizer_strength=regularizer_strength, max_iter=max_iter, tol=tol, max_res=max_res)
+    merged, spread = _aligned_median(maps, fitted)
+    return merged, spread()
+
+
+def _aligned_median(maps: Maps, align: Aligner) -> tuple[Float32, Spread]:
     _check_flat(maps)
     if len(maps) == 1:
-        return maps[0].astype(np.float32), np.zeros(maps.shape[1:], np.float32)
-    scales, shifts = align(maps, regularizer_strength=regularizer_strength, max_iter=max_iter, tol=tol, max_res=max_res)
+        return maps[0].astype(np.float32), lambda: np.zeros(maps.shape[1:], np.float32)
+    scales, shifts = align(maps)
     aligned = (scales[:, None, None] * maps + shifts[:, None, None]).astype(np.float32)
     merged = _lower_median(aligned)
     contrast = float(np.ptp(merged))
     span = np.float32(contrast if contrast > MIN_RANGE else 1)
-    return (merged - merged.min()) / span, (_median(np.abs(aligned - merged)) / span).astype(np.float32)
+    return (merged - merged.min()) / span, lambda: (_median(np.abs(aligned - merged)) / span).astype(np.float32)
 
 
 def align(
@@ -114,14 +136,15 @@ class _Fit:
 
     @classmethod
     def of(cls, maps: Maps, strength: float) -> _Fit:
-        flat = maps.reshape(len(maps), -1).astype(np.float64)
-        low = flat.min(1)
+        flat = maps.reshape(len(maps), -1)
+        low = flat.min(1).astype(np.float64)
         span = np.maximum(flat.max(1) - low, MIN_RANGE)
-        flat -= low[:, None]
-        flat /= span[:, None]
-        stretched, mean = flat.astype(np.float32), flat.mean(1)
-        flat -= mean[:, None]
-        return cls(stretched, low, span, mean, flat @ flat.T / flat.shape[1], strength)
+        exact = flat - low[:, None]
+        exact /= span[:, None]
+        mean = exact.mean(1)
+        # Taking off one mean does: and the product of a matrix with itself, so few rows, takes BLAS five times as long.
+        covariance = (exact - mean[:, None]) @ exact.T / flat.shape[1]
+        return cls(exact.astype(np.float32), low, span, mean, covariance, strength)
 
     def start(self) -> Float64:
         return np.concatenate([1 / self.span, -self.low / self.span])
@@ -329,14 +352,13 @@ def _smallest(members: Maps, count: int) -> list[Maps]:
     """
     if len(members) > MOST_EXCHANGED:
         return list(np.sort(members, axis=0)[:count])
-    maps = list(members.copy())
-    spare = np.empty_like(maps[0])
+    maps = list(members)
     for place in range(count):
         for at in range(len(maps) - 1, place, -1):
             low, high = maps[at - 1], maps[at]
-            np.minimum(low, high, out=spare)
-            np.maximum(low, high, out=high)
-            maps[at - 1], spare = spare, low
+            maps[at - 1] = np.minimum(low, high)
+            if place + 1 < count:
+                maps[at] = np.maximum(low, high)
     return maps[:count]
 
 

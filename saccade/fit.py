@@ -50,17 +50,13 @@ class Fit:
 
     def picture(self, rgb: NDArray[np.uint8]) -> Array:
         """[H, W, 3] uint8 -> [3, h, w] float32 in [-1, 1], padded by repeating the last row and column."""
-        top, left, height, width = self.box
-        resized = Image.fromarray(rgb[top : top + height, left : left + width]).resize(
-            self.size[::-1], Image.Resampling.BICUBIC
-        )
+        resized = Image.fromarray(rgb[self.inside]).resize(self.size[::-1], Image.Resampling.BICUBIC)
         scaled = np.asarray(resized, np.float32).transpose(2, 0, 1) / 127.5 - 1
         return self._pad(scaled)
 
     def mask(self, mask: NDArray[np.bool_]) -> Array:
         """[H, W] bool -> [3, h, w] float32, -1 outside and 1 inside, soft where a pixel is partly covered."""
-        top, left, height, width = self.box
-        coverage = resize(mask[top : top + height, left : left + width].astype(np.float32), self.size)
+        coverage = resize(mask[self.inside].astype(np.float32), self.size)
         return self._pad(np.repeat(coverage[None] * 2 - 1, 3, axis=0))
 
     def content(self, planes: Array) -> Array:
@@ -69,13 +65,26 @@ class Fit:
 
     def restore(self, plane: Array) -> Array:
         """[h', w'] content -> [H, W] of the source; 0 where the model did not look."""
-        top, left, height, width = self.box
-        inner = resize(plane, (height, width))
-        if (height, width) == self.source:
+        inner = self.to_box(plane)
+        if inner.shape == self.source:
             return inner
         full = np.zeros(self.source, np.float32)
-        full[top : top + height, left : left + width] = inner
+        full[self.inside] = inner
         return full
+
+    def to_box(self, plane: Array) -> Array:
+        """[h', w'] content -> the size of the box."""
+        return resize(plane, self.box[2:])
+
+    @property
+    def inside(self) -> tuple[slice, slice]:
+        """Where in the source the box is."""
+        top, left, height, width = self.box
+        return slice(top, top + height), slice(left, left + width)
+
+    def unresized(self) -> Fit:
+        """The same with the content for the picture, which needs no resizing."""
+        return replace(self, source=self.size, box=(0, 0, *self.size))
 
     def _pad(self, planes: Array) -> Array:
         (height, width), (padded_height, padded_width) = self.size, self.padded
@@ -84,9 +93,25 @@ class Fit:
 
 def resize(plane: Array, size: tuple[int, int]) -> Array:
     """[h, w] float32 -> [size] float32, bilinear, antialiased when shrinking."""
+    plane = plane.astype(np.float32, copy=False)
     if plane.shape == size:
-        return plane.astype(np.float32)
-    return np.asarray(Image.fromarray(plane.astype(np.float32)).resize(size[::-1], Image.Resampling.BILINEAR))
+        return plane
+    if plane.shape[0] <= size[0] and plane.shape[1] <= size[1]:
+        return _stretch(_stretch(plane, 1, size[1]), 0, size[0])
+    return np.asarray(Image.fromarray(plane).resize(size[::-1], Image.Resampling.BILINEAR))
+
+
+def _stretch(plane: Array, axis: int, edge: int) -> Array:
+    """One edge of [h, w] longer, as Pillow does it but for rounding, in half the time."""
+    at = np.clip((np.arange(edge) + 0.5) * plane.shape[axis] / edge - 0.5, 0, plane.shape[axis] - 1)
+    below = at.astype(np.intp)
+    share = (at - below).astype(np.float32)
+    stretched: Array = plane.take(below, axis)
+    step = plane.take(np.minimum(below + 1, plane.shape[axis] - 1), axis)
+    step -= stretched
+    step *= share if axis == 1 else share[:, None]
+    stretched += step
+    return stretched
 
 
 def context_box(mask: NDArray[np.bool_], context: float) -> tuple[int, int, int, int]:

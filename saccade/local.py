@@ -42,7 +42,8 @@ class Local:
     """One model, loaded once, for as many threads as ask: their steps share batches on one event loop of its own.
 
     `repository` and `model`: as `saccade.repository` finds them when left out. `engine`, `precision`, `threads`: as for
-    `Embedded.load`; `batch_size`: as for `Stepping`, measured when left out. Raises ModelError for a repository that
+    `Embedded.load`; `streams`: so many of their batches run at once, which loads slower and takes more memory;
+    `batch_size`: as for `Stepping`, measured when left out. Raises ModelError for a repository that
     is not in order, InvalidInput for pictures and options that cannot be used.
     """
 
@@ -54,11 +55,14 @@ class Local:
         engine: str = "auto",
         precision: str = "auto",
         threads: int | None = None,
+        streams: int = 1,
         batch_size: int | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         path = find_repository(None if repository is None else Path(repository))
-        embedded = Embedded.load(Repository(path), model, engine=engine, precision=precision, threads=threads)
+        embedded = Embedded.load(
+            Repository(path), model, engine=engine, precision=precision, threads=threads, streams=streams
+        )
         self._max_pixels = max_pixels
         self._backend = Stepping(embedded, batch_size=batch_size, concurrency=embedded.streams)
         self._pipeline = Pipeline(self._backend)

@@ -31,6 +31,8 @@ Picture = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 Phase = Literal["encode", "denoise", "decode", "ensemble"]
 GLIMPSE_PX = 256
+UNSEEN = 128
+"""The level of a painted object's colours where the model did not look."""
 
 
 @dataclass(frozen=True)
@@ -421,50 +423,65 @@ class _Run:
         return coding.probability(planes)
 
     def depth(self, members: Array) -> Answer:
-        depth, spread = map(self.sized, ensemble.reduce(members, self.options.reduction))
+        merged, spread = self.merged(members)
+        depth = self.way_back.restore(merged)
         near, far = depth.min(), depth.max()
         span = far - near if far > near else np.float32(1)
-        return self.answer((depth - near) / span, spread / span)
+        return self.answer((depth - near) / span, None if spread is None else spread / span)
 
     def flow(self, members: Array) -> Answer:
-        height, width = self.fit.source if self.options.match_input_resolution else self.fit.size
-        scale = np.array([width / self.fit.size[1], height / self.fit.size[0]], np.float32)
-        flow, spread = ensemble.reduce(members * scale, self.options.reduction)
-        return self.answer(np.stack([self.sized(flow[..., i]) for i in range(2)], axis=-1), self.sized(spread))
+        (height, width), (seen_height, seen_width) = self.way_back.source, self.fit.size
+        scale = np.array([width / seen_width, height / seen_height], np.float32)
+        flow, spread = self.merged(members * scale)
+        return self.answer(np.stack([self.way_back.restore(flow[..., i]) for i in range(2)], axis=-1), spread)
 
     def amodal(self, coding: AmodalCoding, planes: Array) -> Answer:
         """The visible part belongs to the whole by definition, so it is always part of the answer."""
         assert self.inputs.mask is not None  # Inputs has seen to it
-        probability, spread = ensemble.reduce(coding.probability(planes), self.options.reduction)
+        probability, spread = self.merged(coding.probability(planes))
         visible, image = self.inputs.mask, self.inputs.image
         if not self.options.match_input_resolution:
             visible = self.fit.content(self.fit.mask(visible))[0] > 0
-            image = _to_uint8(self.fit.content(self.fit.picture(image)))
-        whole = (self.sized(probability) > 0.5) | visible
-        completed = None
-        if (hidden := coding.picture(planes)) is not None:
-            painted = _to_uint8(np.stack([self.sized(plane) for plane in hidden]))
-            painted[visible] = image[visible]
-            completed = np.dstack([painted, whole * np.uint8(255)])
-        return replace(self.answer(whole, self.sized(spread)), completed=completed)
+            image = _picture(self.fit.content(self.fit.picture(image)))
+        whole = visible.copy()
+        whole[self.way_back.inside] |= self.way_back.to_box(probability) > 0.5
+        hidden = coding.picture(planes)
+        completed = None if hidden is None else self.completed(hidden, image, visible, whole)
+        return replace(self.answer(whole, spread), completed=completed)
 
-    def sized(self, plane: Array) -> Array:
-        """[h', w'] -> the size the caller wants; nothing is where the model did not look."""
-        return self.fit.restore(plane) if self.options.match_input_resolution else plane
+    def completed(self, hidden: Array, image: Picture, visible: Mask, whole: Mask) -> Picture:
+        """The model's object [3, h', w'] under the picture [H, W, 3] where that is `visible`, RGBA [H, W, 4]."""
+        fit = self.way_back
+        painted = np.full((*fit.source, 4), UNSEEN, np.uint8)
+        for channel, plane in enumerate(hidden):
+            painted[*fit.inside, channel] = _levels(fit.to_box(plane))
+            np.copyto(painted[..., channel], image[..., channel], where=visible)
+        painted[..., 3] = whole * np.uint8(255)
+        return painted
 
-    def answer(self, prediction: Array | Mask, uncertainty: Array) -> Answer:
-        return Answer(
-            self.inputs.task,
-            prediction,
-            uncertainty if self.options.output_uncertainty else None,
-            None,
-            self.options,
-            self.card.name,
-            self.card.digest,
-        )
+    @cached_property
+    def way_back(self) -> Fit:
+        """How the content becomes a map of the size that the caller wants."""
+        return self.fit if self.options.match_input_resolution else self.fit.unresized()
+
+    def merged(self, members: Array) -> tuple[Array, Array | None]:
+        """The members' map at the model's size, and where it is asked for its uncertainty at the answer's."""
+        if not self.options.output_uncertainty:
+            return ensemble.merge(members, self.options.reduction), None
+        merged, spread = ensemble.reduce(members, self.options.reduction)
+        return merged, self.way_back.restore(spread)
+
+    def answer(self, prediction: Array | Mask, uncertainty: Array | None) -> Answer:
+        options, card = self.options, self.card
+        return Answer(self.inputs.task, prediction, uncertainty, None, options, card.name, card.digest)
 
 
-def _to_uint8(planes: Array) -> Picture:
+def _picture(planes: Array) -> Picture:
     """[3, H, W] in [-1, 1] -> [H, W, 3]."""
-    levels: Picture = np.clip(np.rint((planes.transpose(1, 2, 0) + 1) * 127.5), 0, 255).astype(np.uint8)
+    return np.stack([_levels(plane) for plane in planes], axis=-1)
+
+
+def _levels(plane: Array) -> NDArray[np.uint8]:
+    """-1 .. 1 -> 0 .. 255."""
+    levels: NDArray[np.uint8] = np.clip(np.rint((plane + 1) * 127.5), 0, 255).astype(np.uint8)
     return levels

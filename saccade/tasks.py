@@ -15,6 +15,7 @@ Models from elsewhere code into the three channels of a picture; fields of the c
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -66,7 +67,7 @@ class DepthCoding:
         """[..., H, W] coded -> affine depth with 0 at the near quantile and 1 at the far one (not clipped)."""
         way = (plane + 1) / 2
         if self.knee is not None:
-            way = np.sign(way) * np.expm1(np.abs(way) * np.log1p(1 / self.knee)) * self.knee
+            way = np.sign(way) * np.expm1(np.abs(way) * math.log1p(1 / self.knee)) * self.knee
         return np.asarray(way, np.float32)
 
 
@@ -110,9 +111,8 @@ class FlowCoding:
         if self.linear_px is not None:
             return np.asarray(planes * self.linear_px, np.float32)
         clipped = np.clip(planes, -1.5, 1.5)
-        share = np.expm1(np.abs(clipped) * np.log1p(self.reach / self.knee)) * self.knee
-        flow: Array = (np.sign(clipped) * share * longer_edge_px).astype(np.float32)
-        return flow
+        share = np.expm1(np.abs(clipped) * math.log1p(self.reach / self.knee)) * self.knee
+        return np.asarray(np.sign(clipped) * share * longer_edge_px, np.float32)
 
 
 @dataclass(frozen=True)

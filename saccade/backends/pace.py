@@ -15,6 +15,8 @@ GUESS_PX = 256 * 256
 GUESS_S: dict[Kind, float] = {"encode": 0.2, "denoise": 0.05, "decode": 0.05}
 """Of a batch at 256 x 256 px, until one of its kind has been seen."""
 KEPT = 9
+SAME = 0.03
+"""By so much a size's median may stray from the one that is gone by."""
 MOST_SIZES = 64
 
 
@@ -31,6 +33,8 @@ class Pace:
         self._seen: dict[Case, OrderedDict[int, deque[float]]] = defaultdict(OrderedDict)
         self._curves: dict[Case, dict[int, float]] = defaultdict(dict)
         self._known: dict[tuple[Case, int], float] = {}
+        self.version = 0
+        """Of what is known: while it stays, the same question has the same answer."""
 
     def saw(self, kind: Kind, pixels: int, seconds: float, alone: bool = False) -> None:
         """A batch ran for `seconds`; `alone`: without others beside it."""
@@ -38,10 +42,14 @@ class Pace:
         seen = self._seen[case]
         seen.setdefault(pixels, deque(maxlen=KEPT)).append(seconds)
         seen.move_to_end(pixels)
-        self._curves[case][pixels] = median(seen[pixels])
+        curve, now = self._curves[case], median(seen[pixels])
         if len(seen) > MOST_SIZES:
-            del self._curves[case][seen.popitem(last=False)[0]]
+            del curve[seen.popitem(last=False)[0]]
+        elif abs(now - curve.get(pixels, 0.0)) <= SAME * now:
+            return
+        curve[pixels] = now
         self._known.clear()
+        self.version += 1
 
     def batch_s(self, kind: Kind, pixels: int, alone: bool = False) -> float:
         """Seconds of one batch from its start to its end."""

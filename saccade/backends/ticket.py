@@ -64,6 +64,7 @@ class Ticket:
     _submitted: Counter[tuple[Kind, int]] = field(default_factory=Counter)
     _ran: Counter[tuple[Kind, int]] = field(default_factory=Counter)
     _since: float = field(default_factory=time.perf_counter)
+    _costs: tuple[Pace, int, float, float] | None = None
 
     def expect(self, plan: Plan) -> None:
         """A question that will come: counted from now on, and replaced by the first `plan` that begins one."""
@@ -92,11 +93,19 @@ class Ticket:
 
     def remaining_s(self, pace: Pace) -> float:
         """Seconds until everything is done if there were nobody else."""
-        return sum(pace.rows_s(*key, rows, self.at_once) for key, rows in self._ahead.items())
+        return self._cost(pace)[1]
 
     def work_s(self, pace: Pace) -> float:
         """Seconds of the machine that everything takes which is still to be done."""
-        return sum(rows * pace.row_s(*key) for key, rows in self._ahead.items())
+        return self._cost(pace)[0]
+
+    def _cost(self, pace: Pace) -> tuple[float, float]:
+        """Both; every ticket is asked for every batch that is made, and few have changed since."""
+        if self._costs is None or self._costs[0] is not pace or self._costs[1] != pace.version:
+            work = sum(rows * pace.row_s(*key) for key, rows in self._ahead.items())
+            alone = sum(pace.rows_s(*key, rows, self.at_once) for key, rows in self._ahead.items())
+            self._costs = pace, pace.version, work, alone
+        return self._costs[2:]
 
     def ran_s(self, pace: Pace) -> float:
         """Seconds of the machine that the rows which ran have taken."""
@@ -105,7 +114,7 @@ class Ticket:
     def left_s(self, now: float, pace: Pace) -> tuple[float, float]:
         """`work_s` and `remaining_s`, as far as an order need count on them: what is elastic takes no more than
         `ELASTIC` of the time until its deadline, but always the least that it can be answered with."""
-        work, alone = self.work_s(pace), self.remaining_s(pace)
+        work, alone = self._cost(pace)
         if not self.elastic or self.deadline is None:
             return work, alone
         most = max(ELASTIC * (self.deadline - now), self._least_s(pace))
@@ -117,12 +126,14 @@ class Ticket:
         return sum(min(rows, questions) * pace.row_s(*key) for key, rows in self._ahead.items())
 
     def _add(self, plan: Plan, sign: int) -> None:
+        self._costs = None
         self.at_once = max(0, self.at_once + sign * plan.decode)
         rows: dict[Kind, int] = {"encode": plan.encode, "denoise": plan.denoise, "decode": plan.decode}
         for kind, count in rows.items():
             self._count(kind, plan.pixels, sign * count)
 
     def _count(self, kind: Kind, pixels: int, change: int) -> None:
+        self._costs = None
         left = self._ahead.pop((kind, pixels), 0) + change
         if left > 0:
             self._ahead[kind, pixels] = left

@@ -7,11 +7,12 @@ import math
 import re
 import struct
 import zipfile
-import zlib
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
+from isal import isal_zlib
 from numpy.typing import NDArray
 
 from saccade.errors import PictureTooLarge, UnreadablePicture, UnsupportedPicture
@@ -47,7 +48,7 @@ def write_png(levels: Levels) -> bytes:
     """[H, W] grey, [H, W, 3] RGB or [H, W, 4] RGBA, uint8 or uint16, to a PNG of just those bits.
 
     Every line is stored as its difference to the one above: on maps that comes as small as Pillow's search for the best
-    filter, and takes a seventh of the time. Raises ValueError for others.
+    filter. ISA-L deflates it in a quarter of zlib's time, to as many bytes. Raises ValueError for others.
     """
     kinds = ((), (3,), (4,)) if levels.ndim > 1 else ()
     if levels.dtype not in (np.uint8, np.uint16) or 0 in levels.shape or levels.shape[2:] not in kinds:
@@ -61,8 +62,8 @@ def write_png(levels: Levels) -> bytes:
     lines[0, 1:] = rows[0]
     np.subtract(rows[1:], rows[:-1], out=lines[1:, 1:])
     header = struct.pack(">IIBBBBB", width, height, 8 * levels.itemsize, _COLOURS[channels], 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(lines.data, 1)), (b"IEND", b"")]
-    return _PNG_MAGIC + b"".join(_png_chunk(kind, content) for kind, content in chunks)
+    chunks = [(b"IHDR", header), (b"IDAT", isal_zlib.compress(lines.data, 1)), (b"IEND", b"")]
+    return b"".join([_PNG_MAGIC, *chain.from_iterable(_png_chunk(kind, content) for kind, content in chunks)])
 
 
 def read_png(data: bytes, *, max_pixels: int = MAX_PIXELS, param: str = "map") -> Levels:
@@ -190,13 +191,12 @@ def write_kitti_flow(flow: NDArray[np.floating], valid: NDArray[np.bool_] | None
     """
     height, width = _flow_size(flow)
     with np.errstate(over="ignore", invalid="ignore"):
-        levels = np.rint(np.asarray(flow, np.float64) * _KITTI_SCALE + _KITTI_ZERO)
-    fits = np.all((levels >= 0) & (levels <= 65535), axis=-1)
+        u, v = (np.rint(flow[..., axis].astype(np.float64) * _KITTI_SCALE + _KITTI_ZERO) for axis in (0, 1))
+    fits = (u >= 0) & (u <= 65535) & (v >= 0) & (v <= 65535)
     if valid is not None:
         fits &= valid
-    out = np.zeros((height, width, 3), np.uint16)
-    out[..., :2] = np.where(fits[..., None], levels, 0)
-    out[..., 2] = fits
+    out = np.empty((height, width, 3), np.uint16)
+    out[..., 0], out[..., 1], out[..., 2] = np.where(fits, u, 0), np.where(fits, v, 0), fits
     return write_png(out)
 
 
@@ -213,11 +213,14 @@ def read_kitti_flow(
 
 
 def _quantize(unit: NDArray[np.floating], top: int) -> NDArray[np.floating]:
-    return np.asarray(np.rint(np.clip(np.nan_to_num(unit, nan=0, posinf=1, neginf=0), 0, 1) * np.float64(top)))
+    levels = np.clip(unit, 0, 1) * np.float64(top)
+    np.copyto(levels, 0, where=np.isnan(unit))
+    return np.asarray(np.rint(levels, out=levels))
 
 
-def _png_chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+def _png_chunk(kind: bytes, content: bytes) -> tuple[bytes, ...]:
+    checksum = isal_zlib.crc32(content, isal_zlib.crc32(kind))
+    return struct.pack(">I", len(content)), kind, content, struct.pack(">I", checksum)
 
 
 def _png_levels(data: bytes, max_pixels: int, param: str, rawmode: str | None = None) -> Levels:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from saccade.backends import Plan, Ticket
@@ -48,6 +49,22 @@ def test_sizes_that_come_and_go_do_not_pile_up() -> None:
         pace.saw("decode", pixels, float(pixels))
     assert pace.batch_s("decode", 999) == 999
     assert pace.batch_s("decode", 1) == pytest.approx(1)
+
+
+def test_what_strays_by_little_is_the_same_and_what_drifts_is_followed() -> None:
+    pace, ticket = Pace(), Ticket()
+    pace.saw("denoise", 100, 1.0)
+    ticket.plan(pixels=100, denoise=3)
+    version = pace.version
+    for _ in range(9):
+        pace.saw("denoise", 100, 1.02)
+    assert (pace.version, ticket.work_s(pace)) == (version, 3.0)
+    for seconds in np.linspace(1.0, 2.0, 60):
+        pace.saw("denoise", 100, float(seconds))
+    assert ticket.work_s(pace) == pytest.approx(3 * 1.93, rel=0.05)
+    assert pace.version > version
+    ticket.plan(pixels=100, denoise=-1)
+    assert ticket.work_s(pace) == pytest.approx(2 * 1.93, rel=0.05)
 
 
 def test_what_runs_alone_is_known_apart_once_it_was_seen() -> None:
