@@ -45,7 +45,7 @@ def reduce(maps: Maps, reduction: Reduction) -> tuple[Float32, Float32]:
 
 
 def merge(maps: Maps, reduction: Reduction) -> Float32:
-    """The map of `reduce` alone, which costs about half as much."""
+    """The map of `reduce`, for who needs no uncertainty."""
     return _reduced(maps, reduction)[0]
 
 

@@ -80,19 +80,19 @@ def test_a_model_that_cannot_start_leaves_no_thread(tmp_path: Path, monkeypatch:
 def test_closing_waits_for_an_answer_that_needs_the_model_no_more(
     toy_repository: Path, scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reducing, go_on = threading.Event(), threading.Event()
-    reduce = ensemble.reduce
+    merging, go_on = threading.Event(), threading.Event()
+    merge = ensemble.merge
 
     def slow(*given: Any) -> Any:
-        reducing.set()
+        merging.set()
         go_on.wait(20)
-        return reduce(*given)
+        return merge(*given)
 
-    monkeypatch.setattr(ensemble, "reduce", slow)
+    monkeypatch.setattr(ensemble, "merge", slow)
     once = Local(toy_repository, threads=1, batch_size=2)
     with ThreadPoolExecutor(2) as pool:
         asked = pool.submit(once.depth, scene.image)
-        assert reducing.wait(20)
+        assert merging.wait(20)
         closing = pool.submit(once.close)
         while not once._closed:
             time.sleep(0.01)

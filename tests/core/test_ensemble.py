@@ -272,6 +272,13 @@ def test_every_reduction_stays_finite_and_in_range(maps: np.ndarray, reduction: 
 
 
 @pytest.mark.parametrize("reduction", ["mean", "median", "aligned_median"])
+@pytest.mark.parametrize("n", [1, 4, 5])
+def test_the_map_is_the_same_without_its_uncertainty(n: int, reduction: ensemble.Reduction) -> None:
+    maps = members(n, 0.05, 0)
+    np.testing.assert_array_equal(ensemble.merge(maps, reduction), ensemble.reduce(maps, reduction)[0])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "median", "aligned_median"])
 def test_one_member_is_its_own_answer(reduction: ensemble.Reduction) -> None:
     maps = members(1, 0.05, 0) * np.float32(3)
     merged, uncertainty = ensemble.reduce(maps, reduction)
@@ -293,11 +300,12 @@ def test_constant_members_make_a_flat_map() -> None:
     assert uncertainty.max() < 1e-3
 
 
-def test_members_are_left_as_they_were() -> None:
+@pytest.mark.parametrize("reduction", ["mean", "median", "aligned_median"])
+def test_members_are_left_as_they_were(reduction: ensemble.Reduction) -> None:
     maps = members(3, 0.05, 0)
     for array in (maps, maps.astype(np.float64)):
         before = array.copy()
-        ensemble.aligned_median(array)
+        ensemble.reduce(array, reduction)
         np.testing.assert_array_equal(array, before)
 
 

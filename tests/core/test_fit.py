@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from saccade.fit import Fit, context_box, resize
 
@@ -63,6 +64,14 @@ def test_resizing_is_torchs_antialiased_bilinear(size: tuple[int, int]) -> None:
         torch.from_numpy(plane)[None, None], size, mode="bilinear", align_corners=False, antialias=True
     )[0, 0]
     np.testing.assert_allclose(resize(plane, size), expected.numpy(), atol=1e-5)
+
+
+@given(st.tuples(st.integers(1, 40), st.integers(1, 40)), st.tuples(st.integers(0, 90), st.integers(0, 90)))
+def test_enlarging_is_pillows_bilinear(small: tuple[int, int], more: tuple[int, int]) -> None:
+    plane = np.random.default_rng(0).normal(0, 1, small).astype(np.float32)
+    height, width = small[0] + more[0], small[1] + more[1]
+    expected = Image.fromarray(plane).resize((width, height), Image.Resampling.BILINEAR)
+    np.testing.assert_allclose(resize(plane, (height, width)), np.asarray(expected), atol=1e-6)
 
 
 @given(st.data())

@@ -121,6 +121,16 @@ def test_mask_overlay() -> None:
     assert (image == 100).all()
 
 
+def test_a_mask_is_laid_over_every_layout_of_a_picture() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    mask = np.random.default_rng(1).random((20, 30)) > 0.5
+    expected = colorize_mask(image, mask)
+    reversed_twice = np.ascontiguousarray(image[..., ::-1])[..., ::-1]
+    for same in (reversed_twice, np.asfortranarray(image), np.dstack([image, image])[..., :3]):
+        np.testing.assert_array_equal(colorize_mask(same, mask), expected)
+    np.testing.assert_array_equal(colorize_mask(image, np.zeros_like(mask)), image)
+
+
 def test_wrong_shapes_are_named() -> None:
     with pytest.raises(ValueError, match="depth"):
         colorize_depth(np.zeros((2, 2, 2)))

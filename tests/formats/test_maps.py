@@ -93,6 +93,13 @@ def test_png_keeps_every_bit(levels: NDArray[Any]) -> None:
     np.testing.assert_array_equal(theirs[..., ::-1] if levels.ndim == 3 else theirs, levels)
 
 
+def test_a_png_comes_as_small_as_pillows() -> None:
+    levels = to_uint16(np.random.default_rng(0).normal(ramp(400, 600) / ramp(400, 600).max(), 1e-4))
+    out = io.BytesIO()
+    Image.fromarray(levels).save(out, "PNG")
+    assert len(write_png(levels)) < 1.05 * len(out.getvalue())
+
+
 @pytest.mark.parametrize("filters", [8, 16, 32, 64, 128, 248])
 def test_sixteen_bit_png_of_every_filter(filters: int) -> None:
     y, x = np.mgrid[:60, :90]

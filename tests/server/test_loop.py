@@ -17,6 +17,7 @@ from tests.server.house import House, files, png, running
 from tests.server.test_events import STREAM
 
 HEAVY: tuple[tuple[Any, str], ...] = (
+    (ensemble, "merge"),
     (ensemble, "reduce"),
     (ensemble, "align"),
     (fit, "resize"),
