@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from saccade.backends import bf16, engines
 from saccade.backends.engines import OpenVino, Port, choose, default_threads, open_engine
@@ -113,6 +113,66 @@ def test_bf16_lowers_the_layers_of_the_blocks_alone(dense: Path, sparse: Path) -
     assert OpenVino(dense, "bf16", 1).lowered == 4 * 4
     assert OpenVino(sparse, "bf16", 1).lowered == 2 * 10
     assert OpenVino(dense, "fp32", 1).lowered == 0
+
+
+def written_by_torch(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Every weight picked from a stack, zero times one added to every product: as experts and routers are exported."""
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    graph = changed.graph
+    stacks = {value.name: value for value in graph.initializer}
+    one, zero = (numpy_helper.from_array(np.array(value, np.float32), f"number{value}") for value in (1, 0))
+    graph.initializer.extend([one, zero, numpy_helper.from_array(np.array(1), "second")])
+    nodes = [helper.make_node("Mul", ["number0", "number1"], ["nothing"])]
+    for node in model.graph.node:
+        weight = stacks.get(node.input[1]) if node.op_type == "MatMul" else None
+        if weight is None:
+            nodes.append(node)
+            continue
+        data, raw = numpy_helper.to_array(weight), f"{node.output[0]}_raw"
+        weight.CopyFrom(numpy_helper.from_array(np.stack([np.zeros_like(data), data]), weight.name))
+        nodes.append(helper.make_node("Gather", [weight.name, "second"], [f"{weight.name}_picked"], axis=0))
+        nodes.append(helper.make_node("MatMul", [node.input[0], f"{weight.name}_picked"], [raw]))
+        nodes.append(helper.make_node("Add", [raw, "nothing"], list(node.output)))
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return changed
+
+
+def test_experts_picked_from_a_stack_are_lowered_and_their_router_is_not(sparse: Path, tmp_path: Path) -> None:
+    stacked = save(written_by_torch(onnx.load(sparse)), tmp_path)
+    engine, plain = (OpenVino(file, "bf16", 1) for file in (stacked, sparse))
+    assert engine.lowered == plain.lowered == 2 * 10
+    assert error(engine.run(feeds())["prediction"], plain.run(feeds())["prediction"]) < 1e-5
+
+
+def gated() -> onnx.ModelProto:
+    """[n, m, 8] -> first + down(silu(gate first) * up first) + bias, and a last layer."""
+    g = Graph(5)
+
+    def layer(x: str) -> str:
+        return g.node("MatMul", x, g.normal(8, 8, scale=8**-0.5))
+
+    first = layer("x")
+    gate, up = layer(first), layer(first)
+    down = layer(g.node("Mul", g.node("Mul", gate, g.node("Sigmoid", gate)), up))
+    g.node("Identity", layer(g.node("Add", first, g.node("Add", down, g.normal(8)))), output="y")
+    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", "m", 8]) for name in ("x", "y")]
+    return g.model(ports[:1], ports[1:])
+
+
+def test_activations_between_lowered_layers_are_bf16_and_sums_behind_them_are_not(tmp_path: Path) -> None:
+    from openvino import Core
+
+    model = Core().read_model(str(save(gated(), tmp_path)))
+    assert bf16.narrow(model) == 3
+    kinds: dict[str, list[str]] = {}
+    for op in model.get_ordered_ops():
+        kinds.setdefault(op.get_type_name(), []).append(op.output(0).get_element_type().get_type_name())
+    assert kinds["Sigmoid"] == ["bf16"]
+    assert kinds["Multiply"] == ["bf16", "bf16"]
+    assert kinds["Add"] == ["f32", "f32"]
+    assert sorted(kinds["MatMul"]) == ["bf16"] * 3 + ["f32"] * 2
 
 
 def test_the_timestep_stays_exact_in_bf16(dense: Path) -> None:
