@@ -4,7 +4,7 @@
 
 The real pipeline, lane and engine, each time in a process of its own; the numbers of streams take turns. Alone: medians
 of requests at the card's defaults and of one step of one member. Full: mixed requests (`bench.traffic`: steps 1-50,
-members 1-10, all tasks, three sizes), all asked at once. Memory: resident, after that. Needs a quiet machine.
+members 1-10, all tasks, three sizes), all asked at once. Memory: the most that was resident. Needs a quiet machine.
 """
 
 from __future__ import annotations

@@ -64,8 +64,8 @@ class Settings(BaseSettings):
         ge=1,
         le=1024,
         description="Batches that the engine runs at once, each on its share of `threads`; one without company gets "
-        "them all. By default two, or a quarter of the threads, for small models on OpenVINO, and else one. More than "
-        "one takes the weights' memory twice.",
+        "them all. By default a quarter of the threads for small models on OpenVINO, and else one. More than one takes "
+        "the graphs' memory twice and that of a batch as often.",
     )
     ratios: str = Field(
         "",

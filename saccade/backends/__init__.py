@@ -51,8 +51,8 @@ class Specialising(Protocol):
     """A backend that is faster at some sizes than at others."""
 
     async def specialise(self, batch_size: int) -> Sequence[tuple[int, int]]:
-        """Get ready for the sizes that come most, in steps of so many rows, and tell them: (H, W) of the model's
-        pictures. Before the first caller."""
+        """Get ready for the sizes that come most, in steps of so many rows. All that something was done for, (H, W) of
+        the model's pictures. Before the first caller."""
         ...
 
 

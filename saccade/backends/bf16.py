@@ -160,4 +160,4 @@ def nearest(weight: NDArray[np.float32]) -> NDArray[np.float32]:
     """The nearest numbers that bf16 can hold, ties to even, as float32."""
     bits = np.ascontiguousarray(weight, np.float32).view(np.uint32)
     rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    return (rounded & np.uint32(0xFFFF0000)).view(np.float32)
+    return (rounded & np.uint32(0xFFFF0000)).view(np.float32).reshape(weight.shape)

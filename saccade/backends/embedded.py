@@ -57,6 +57,7 @@ class Embedded(Graphs):
         self._ratios = ratios
         self._engines = engines
         self._alone = alone
+        self._in_hand: set[Future[Results]] = set()
         self._workers = ThreadPoolExecutor(streams, thread_name_prefix="saccade-embedded")
 
     @classmethod
@@ -84,6 +85,8 @@ class Embedded(Graphs):
         streams = streams or default_streams(engine, threads, card.parameters)
         if streams > threads:
             raise ModelError(f"{streams} streams cannot share {threads} threads: ask for fewer, or for more threads")
+        if streams > 1 and engine != "openvino":
+            raise ModelError(f"the engine {engine} runs one batch at a time: ask for one stream, or for openvino")
         parts = names(card)
 
         def compiled(part: Part, streams: int) -> Engine:
@@ -97,21 +100,26 @@ class Embedded(Graphs):
         return cls(card, shares, _results(alone) or shares, engine, precision, threads, streams, ratios)
 
     async def run(self, part: Part, feeds: Feeds, ticket: Ticket) -> Results:
-        engines = self._alone if ticket.alone else self._engines
+        # One that was called off may still run: then nothing is alone, whatever the caller thinks.
+        engines = self._alone if ticket.alone and not self._in_hand else self._engines
         try:
-            future = asyncio.get_running_loop().run_in_executor(self._workers, self._compute, engines, part, feeds)
+            call = self._workers.submit(self._compute, engines, part, feeds)
         except RuntimeError as error:  # the pool's word for being shut down
             raise BackendUnavailable("the backend is closed") from error
-        return await future
+        self._in_hand.add(call)
+        call.add_done_callback(self._in_hand.discard)
+        return await asyncio.wrap_future(call)
 
     async def specialise(self, batch_size: int) -> Sequence[Size]:
         """Compile encoder and denoiser for the tasks' default sizes and the ratios, as many as memory is set aside for.
-        Where the engine cannot, all goes on as it was. Those that it could."""
+        Where the engine cannot, all goes on as it was. All sizes that were tried."""
         edges = {task.defaults.processing_resolution for task in self.card.tasks.values()} - {0}
         fits = [Fit.plan(ratio, edge, self.card.latent.multiple) for edge in sorted(edges) for ratio in self._ratios]
         copies = min(self.streams, 2)
         most = SPECIAL_BYTES // (4 * max(1, self.card.parameters) * copies)
+        tried = []
         for size in list(dict.fromkeys(fit.padded for fit in fits))[:most]:
+            tried.append(size)
             try:
                 if await asyncio.to_thread(self._specialise, size, batch_size):
                     self.special.append(size)
@@ -121,7 +129,7 @@ class Embedded(Graphs):
         if self.special:
             told = ", ".join(f"{width} x {height}" for height, width in self.special)
             log.info("%s has graphs of fixed size for %s px", self.card.name, told)
-        return self.special
+        return tried
 
     def _specialise(self, size: Size, batch_size: int) -> bool:
         picture, latent = (1, 3, *size), self.card.latent
@@ -151,10 +159,10 @@ class Embedded(Graphs):
 
 
 def default_streams(engine: str, threads: int, parameters: int) -> int:
-    """Calls that run at once where nobody says: two or more for OpenVINO, of small models (`bench.engines`)."""
+    """Calls that run at once where nobody says: of small models one for four threads, with OpenVINO."""
     if engine != "openvino" or 4 * parameters > SMALL_BYTES:
         return 1
-    return min(threads, max(2, threads // THREADS_OF_A_STREAM))
+    return max(1, threads // THREADS_OF_A_STREAM)
 
 
 def _results(made: Mapping[Part, Future[Engine]]) -> dict[Part, Engine]:

@@ -28,6 +28,8 @@ _READING = threading.Lock()
 ENGINES = ("openvino", "onnxruntime")
 PRECISIONS = ("fp32", "bf16")
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
+ATTEMPTS = 3
+"""Of a run beside which others fail."""
 
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -67,12 +69,12 @@ def choose(engine: str, precision: str) -> tuple[str, str]:
 
 
 def open_engine(file: Path, engine: str, precision: str, threads: int, streams: int = 1) -> Engine:
-    """Compile a graph, with names as `choose` gives them, for `streams` runs at once, each on its share of the threads.
-    Raises ModelError for a file that is not a graph."""
+    """Compile a graph, with names as `choose` gives them; for OpenVINO for `streams` runs at once, each on its share of
+    the threads. Raises ModelError for a file that is not a graph."""
     try:
         if engine == "openvino":
             return OpenVino(file, precision, threads, streams)
-        return OnnxRuntime(file, threads // streams)
+        return OnnxRuntime(file, threads)
     except Exception as error:  # every engine has its own
         told = _first_line(error).replace(f"{file.parents[2]}/", "")
         raise ModelError(f"{engine} cannot load {'/'.join(file.parts[-3:])}: {told}") from error
@@ -113,6 +115,7 @@ class OpenVino:
 
     def __init__(self, file: Path, precision: str, threads: int, streams: int = 1) -> None:
         self._file, self._precision, self._threads, self._streams = file, precision, threads, streams
+        self._stamp = _stamp(file)
         model = self._read()
         self.inputs = {port.any_name: _ov_port(port) for port in model.inputs}
         self.outputs = {port.any_name: _ov_port(port) for port in model.outputs}
@@ -133,6 +136,10 @@ class OpenVino:
 
     def _read(self, shapes: Shapes | None = None) -> Any:
         openvino = _openvino()
+        if _stamp(self._file) != self._stamp:  # nobody has verified what is there now
+            raise ModelError(
+                f"the files of {self._file.parents[1].name} have changed since it was opened: open it anew"
+            )
         with _READING:
             openvino.Tensor(np.zeros(1, np.float32))
             model = openvino.Core().read_model(str(self._file))
@@ -153,13 +160,14 @@ class _Compiled:
     """Infer requests of one compiled model, each for one run at a time; further runs wait.
 
     A run that fails leaves its stream's graph in disorder: later runs of other sizes fail too, or answer with what was
-    there before. So all is compiled anew then, and a run that another's failure fell into is run once more.
+    there before. So whatever was compiled is given up then, and compiled anew for the next run. Runs that another's
+    failure fell into, whether they came to something or not, are made again.
     """
 
     def __init__(self, requests: list[Any], again: Callable[[], list[Any]]) -> None:
         self._requests, self._again = requests, again
         self._free: SimpleQueue[int] = SimpleQueue()
-        for slot in range(len(self._requests)):
+        for slot in range(len(requests)):
             self._free.put(slot)
         self._failures = 0
         self._mending = threading.Lock()
@@ -167,23 +175,35 @@ class _Compiled:
     def run(self, feeds: Feeds) -> tuple[NDArray[Any], ...]:
         slot = self._free.get()
         try:
-            while True:
-                with self._mending:
-                    request, failures = self._requests[slot], self._failures
-                results: tuple[NDArray[Any], ...] = self._infer(request, feeds)
-                if self._failures == failures:
-                    return results
+            for _ in range(ATTEMPTS):
+                request, failures = self._whole(slot)
+                try:
+                    results: tuple[NDArray[Any], ...] = request.infer(feeds, share_inputs=True).to_tuple()
+                except Exception:
+                    if self._give_up(failures):
+                        raise
+                else:
+                    if self._failures == failures:
+                        return results
+            raise RuntimeError("other runs failed beside it, again and again")
         finally:
             self._free.put(slot)
 
-    def _infer(self, request: Any, feeds: Feeds) -> Any:
-        try:
-            return request.infer(feeds, share_inputs=True).to_tuple()
-        except Exception:
-            with self._mending:
-                self._failures += 1
+    def _whole(self, slot: int) -> tuple[Any, int]:
+        """A request in good order, and how many runs had failed before. Raises what compiling does."""
+        with self._mending:
+            if not self._requests:
                 self._requests = self._again()
-            raise
+            return self._requests[slot], self._failures
+
+    def _give_up(self, failures: int) -> bool:
+        """Whether it was this run that failed, and no other beside it."""
+        with self._mending:
+            if self._failures != failures:
+                return False
+            self._failures += 1
+            self._requests = []
+            return True
 
 
 def openvino_properties(threads: int, streams: int = 1) -> dict[str, Any]:
@@ -203,6 +223,12 @@ def _openvino() -> Any:
     import openvino
 
     return openvino
+
+
+def _stamp(file: Path) -> list[tuple[str, int, int]]:
+    """Of a graph and the weights beside it: name, size and time of last change."""
+    found = [(one.name, one.stat()) for one in sorted(file.parent.iterdir())]
+    return [(name, told.st_size, told.st_mtime_ns) for name, told in found]
 
 
 def _ort_port(port: Any) -> Port:

@@ -99,29 +99,45 @@ class WarmUp:
             size, step_s = size * 2, doubled
         return size
 
-    async def _step_s(self, rows: int, alone: bool = False) -> float:
+    async def _step_s(self, rows: int) -> float:
         """Of the fastest step of so many rows."""
-        return await _fastest_s(partial(self.trial.step, rows, Ticket(alone=alone)))
+        return await _fastest_s(partial(self.trial.step, rows, Ticket()))
 
     async def _time(self, size: int, alone: bool) -> None:
-        """What a batch of each kind takes, in company or alone."""
+        """What a batch of each kind takes, alone or in the company of as many as run at once."""
         pixels, ticket = self.edge**2, Ticket(alone=alone)
-        self.pace.saw("encode", pixels, await _fastest_s(partial(self.trial.encode, ticket)), alone)
-        self.pace.saw("decode", pixels, await _fastest_s(partial(self.trial.decode, ticket)), alone)
-        self.pace.saw("denoise", pixels, await self._step_s(size, alone), alone)
+        together = 1 if alone else self.pace.concurrency
+
+        async def company(run: Callable[[Ticket], Awaitable[object]]) -> None:
+            await asyncio.gather(*(run(ticket) for _ in range(together)))
+
+        step = partial(self.trial.step, size)
+        self.pace.saw("encode", pixels, await _fastest_s(partial(company, self.trial.encode)), alone)
+        self.pace.saw("decode", pixels, await _fastest_s(partial(company, self.trial.decode)), alone)
+        self.pace.saw("denoise", pixels, await _fastest_s(partial(company, step)), alone)
 
     async def _same_bytes(self, size: int, special: Sequence[tuple[int, int]]) -> bool:
-        half = max(1, self.edge // 2 // self.card.latent.multiple) * self.card.latent.multiple
-        for height_width in ((self.edge, self.edge), (half, self.edge), *special):
-            trial = Trial(self.backend, height_width)
-            try:
-                usual = await trial.bytes(size, Ticket())
-            except ModelError:  # not every model takes every size
-                continue
-            if await trial.bytes(size, Ticket(alone=True)) != usual:
+        half, quarter = (self._multiple_of(self.edge // part) for part in (2, 4))
+        for height_width in ((self.edge, self.edge), (half, self.edge), (quarter, quarter), *special):
+            if not await self._same_at(height_width, size):
                 log.warning("%s: other bytes alone than in company; nothing is told that it is alone", self.card.name)
                 return False
         return True
+
+    async def _same_at(self, height_width: tuple[int, int], size: int) -> bool:
+        trials = [Trial(self.backend, height_width) for _ in range(self.pace.concurrency)]
+        try:
+            first, *others = await asyncio.gather(*(trial.bytes(size, Ticket()) for trial in trials))
+        except ModelError:  # not every model takes every size
+            return True
+        try:
+            return all(found == first for found in [*others, await trials[0].bytes(size, Ticket(alone=True))])
+        except ModelError:
+            return False
+
+    def _multiple_of(self, edge: int) -> int:
+        multiple = self.card.latent.multiple
+        return max(1, edge // multiple) * multiple
 
 
 async def _fastest_s(run: Callable[[], Awaitable[object]]) -> float:

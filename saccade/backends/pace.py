@@ -24,17 +24,27 @@ class Pace:
     """Seconds of a batch, by kind and the picture's pixels (those that the model is given), in company and alone.
 
     A size that was seen takes the median of its last batches, so that one that stood still for a while changes nothing.
-    Between two sizes seen the time is linear in the pixels; beyond them it is in proportion to the nearest one's.
+    Between two sizes seen the time is linear in the pixels; beyond them it is in proportion to the nearest one's. What
+    was only seen alone, or only in company, is in the same proportion to the other as at the nearest size seen in both.
     `batch_size` rows of denoising run together; `concurrency` batches do.
     """
 
     def __init__(self, batch_size: int = 1, concurrency: int = 1) -> None:
-        self.batch_size, self.concurrency = batch_size, concurrency
+        self._batch_size, self.concurrency = batch_size, concurrency
         self._seen: dict[Case, OrderedDict[int, deque[float]]] = defaultdict(OrderedDict)
         self._curves: dict[Case, dict[int, float]] = defaultdict(dict)
         self._known: dict[tuple[Case, int], float] = {}
         self.version = 0
         """Of what is known: while it stays, the same question has the same answer."""
+
+    @property
+    def batch_size(self) -> int:
+        return self._batch_size
+
+    @batch_size.setter
+    def batch_size(self, rows: int) -> None:
+        self._batch_size = rows
+        self.version += 1
 
     def saw(self, kind: Kind, pixels: int, seconds: float, alone: bool = False) -> None:
         """A batch ran for `seconds`; `alone`: without others beside it."""
@@ -45,7 +55,7 @@ class Pace:
         curve, now = self._curves[case], median(seen[pixels])
         if len(seen) > MOST_SIZES:
             del curve[seen.popitem(last=False)[0]]
-        elif abs(now - curve.get(pixels, 0.0)) <= SAME * now:
+        elif pixels in curve and abs(now - curve[pixels]) <= SAME * now:
             return
         curve[pixels] = now
         self._known.clear()
@@ -61,7 +71,12 @@ class Pace:
 
     def _between(self, case: Case, pixels: int) -> float:
         kind, alone = case
-        curve = sorted((self._curves[case] or self._curves[kind, not alone]).items())
+        own, other = self._curves[case], self._curves[kind, not alone]
+        both = own.keys() & other.keys()
+        if pixels in other and pixels not in own and both:
+            near = min(both, key=lambda known: abs(known - pixels))
+            return other[pixels] * own[near] / other[near]
+        curve = sorted((own or other).items())
         if not curve:
             return GUESS_S[kind] * pixels / GUESS_PX
         at = bisect_left(curve, pixels, key=lambda point: point[0])

@@ -81,6 +81,7 @@ class Stepping:
         self._batches: set[asyncio.Task[None]] = set()
         self._running: Counter[Kind] = Counter()
         self._batches_of: Counter[Kind] = Counter()
+        self._begun = 0
         self._tells_alone = False
         self._closed = False
 
@@ -216,12 +217,13 @@ class Stepping:
         """Start batches while there are rows and slots."""
         while self._free and (batch := self._take()):
             alone = self._concurrency > 1 and not self._batches and not self._lines
+            self._begun += 1
             self._free -= 1
             self._running[batch[0].kind] += len(batch)
             self._batches_of[batch[0].kind] += 1
             for row in batch:
                 row.ticket.start()
-            task = asyncio.get_running_loop().create_task(self._work(batch, alone))
+            task = asyncio.get_running_loop().create_task(self._work(batch, self._begun if alone else None))
             for row in batch:
                 row.batch, row.work = batch, task
             self._batches.add(task)
@@ -295,8 +297,9 @@ class Stepping:
         shape = feeds["image" if kind == "encode" else "latent"].shape
         return int(shape[-2] * shape[-1]) * (1 if kind == "encode" else self.card.latent.stride**2)
 
-    async def _work(self, batch: list[Row], alone: bool = False) -> None:
-        began = self._now()
+    async def _work(self, batch: list[Row], alone_at: int | None = None) -> None:
+        """`alone_at`: how many batches had begun, this one included, if it had no company then."""
+        began, alone = self._now(), alone_at is not None
         try:
             with self._traced(batch):
                 results = await self._call(batch[0].kind, self._fill(batch), alone)
@@ -312,7 +315,8 @@ class Stepping:
                 if not row.result.done():
                     row.result.set_result({name: value[i : i + 1] for name, value in results.items()})
             seconds = self._now() - began
-            self.pace.saw(batch[0].kind, batch[0].pixels, seconds, alone)
+            if not alone or self._begun == alone_at:  # with company from the middle on it is neither
+                self.pace.saw(batch[0].kind, batch[0].pixels, seconds, alone)
             if self._observer is not None:
                 self._observer(batch[0].kind, len(batch), seconds)
 

@@ -12,9 +12,11 @@ import pytest
 
 from saccade.backends import Ticket
 from saccade.backends.embedded import Embedded, default_streams
+from saccade.backends.engines import Engine
 from saccade.backends.graphs import Feeds
 from saccade.backends.stepping import Stepping
 from saccade.errors import BackendUnavailable, ModelError
+from saccade.pipeline import Inputs, Options, Pipeline
 from saccade.repository import Repository
 from tests import toy
 from tests.toy import CONDITIONING, LATENT, PLANES, STRIDE
@@ -190,33 +192,91 @@ def test_a_cancelled_call_that_waits_never_runs(tmp_path: Path, monkeypatch: pyt
     assert runs == [4, 1]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_calls_run_at_once_on_their_share_and_alone_on_all_threads(toy_repository: Path, engine: str) -> None:
-    backend = Embedded.load(Repository(toy_repository), engine=engine, threads=2, streams=2)
-    meeting = threading.Barrier(2, timeout=20)
-    shares, whole = backend._engines["decoder"], backend._alone["decoder"]
-    assert shares is not whole
+@pytest.fixture(scope="module")
+def sharing(toy_repository: Path) -> Embedded:
+    return Embedded.load(Repository(toy_repository), engine="openvino", threads=2, streams=2)
 
-    def meet(feeds: Feeds) -> dict[str, np.ndarray]:
-        meeting.wait()
-        return type(shares).run(shares, feeds)
+
+def test_calls_run_at_once_on_their_share_and_alone_on_all_threads(
+    sharing: Embedded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meeting, ran = threading.Barrier(2, timeout=20), []
+
+    def watch(name: str, engine: Engine) -> None:
+        run = engine.run
+
+        def watched(feeds: Feeds) -> dict[str, np.ndarray]:
+            ran.append(name)
+            if name == "share":
+                meeting.wait()
+            return run(feeds)
+
+        monkeypatch.setattr(engine, "run", watched)
 
     async def ask() -> list[np.ndarray]:
-        lane = Stepping(backend, batch_size=1, concurrency=backend.streams)
+        lane = Stepping(sharing, batch_size=1, concurrency=sharing.streams)
         await lane.start()
+        for name, engines in (("share", sharing._engines), ("all", sharing._alone)):
+            watch(name, engines["decoder"])
         alone = await lane.decode(latents(1), Ticket())
-        shares.run = meet
         return [alone, *await asyncio.gather(*(lane.decode(latents(1), Ticket()) for _ in range(2)))]
 
     alone, one, other = asyncio.run(ask())
+    assert ran == ["all", "share", "share"]
     assert alone.tobytes() == one.tobytes() == other.tobytes()
+
+
+def test_nothing_is_alone_beside_a_call_that_was_called_off_and_still_runs(
+    sharing: Embedded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, going_on = threading.Event(), threading.Event()
+    run = sharing._alone["decoder"].run
+
+    def held(feeds: Feeds) -> dict[str, np.ndarray]:
+        begun.set()
+        assert going_on.wait(20)
+        return run(feeds)
+
+    async def ask() -> None:
+        ghost = asyncio.create_task(sharing.decode(latents(1), Ticket(alone=True)))
+        await asyncio.to_thread(begun.wait, 20)
+        ghost.cancel()
+        try:
+            async with asyncio.timeout(20):  # on all threads it would wait for the ghost
+                await sharing.decode(latents(1), Ticket(alone=True))
+        finally:
+            going_on.set()
+
+    monkeypatch.setattr(sharing._alone["decoder"], "run", held)
+    asyncio.run(ask())
+
+
+def test_an_answer_of_shared_threads_is_the_same_alone_and_in_a_crowd(sharing: Embedded, toy_repository: Path) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+
+    async def answers(backend: Embedded, seeds: list[int]) -> dict[int, bytes]:
+        lane = Stepping(backend, batch_size=1, concurrency=backend.streams)
+        await lane.start()
+        pipeline = Pipeline(lane)
+
+        async def ask(seed: int) -> bytes:
+            options = Options(steps=3, ensemble_size=1 + seed % 3, seed=seed).resolve(pipeline.card, "depth")
+            return (await pipeline(Inputs("depth", picture), options)).prediction.tobytes()
+
+        return dict(zip(seeds, await asyncio.gather(*map(ask, seeds)), strict=True))
+
+    single = Embedded.load(Repository(toy_repository), engine="openvino", threads=2, streams=1)
+    crowd = asyncio.run(answers(sharing, list(range(9))))
+    for seed in (0, 1, 2):
+        assert asyncio.run(answers(sharing, [seed])) == {seed: crowd[seed]}
+        assert asyncio.run(answers(single, [seed])) == {seed: crowd[seed]}
 
 
 @pytest.mark.parametrize(
     ("engine", "threads", "parameters", "streams"),
     [
         ("openvino", 1, 10**7, 1),
-        ("openvino", 2, 10**7, 2),
+        ("openvino", 7, 10**7, 1),
         ("openvino", 8, 10**7, 2),
         ("openvino", 32, 10**7, 8),
         ("openvino", 8, 10**8, 1),
@@ -227,9 +287,27 @@ def test_small_models_share_the_threads(engine: str, threads: int, parameters: i
     assert default_streams(engine, threads, parameters) == streams
 
 
-def test_more_streams_than_threads_are_refused(toy_repository: Path) -> None:
-    with pytest.raises(ModelError, match="3 streams cannot share 2 threads"):
-        Embedded.load(Repository(toy_repository), threads=2, streams=3)
+@pytest.mark.parametrize(
+    ("engine", "threads", "told"),
+    [("openvino", 2, "3 streams cannot share 2 threads"), ("onnxruntime", 4, "one batch at a time")],
+)
+def test_streams_that_cannot_be_are_refused(toy_repository: Path, engine: str, threads: int, told: str) -> None:
+    with pytest.raises(ModelError, match=told):
+        Embedded.load(Repository(toy_repository), engine=engine, threads=threads, streams=3)
+
+
+def test_a_size_that_only_one_way_has_a_graph_for_is_compared(
+    toy_repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs of fixed size round otherwise: an answer must not depend on which of the two has one."""
+    backend = Embedded.load(Repository(toy_repository), engine="openvino", threads=2, streams=2, ratios=[(3, 4)])
+
+    def fails(shapes: object) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(backend._alone["encoder"], "specialise", fails)
+    assert asyncio.run(backend.specialise(1)) == [(48, 64)]
+    assert backend.special == []
 
 
 def test_a_closed_backend_is_unavailable(toy_repository: Path) -> None:

@@ -3,8 +3,12 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -228,12 +232,9 @@ def test_a_file_that_is_no_graph_is_a_model_error(tmp_path: Path, engine: str, d
     assert str(tmp_path) not in str(caught.value)
 
 
-@BOTH
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_runs_that_share_the_threads_answer_as_one_that_has_all(dense: Path, engine: str, precision: str) -> None:
-    if (engine, precision) == ("onnxruntime", "bf16"):
-        pytest.skip("it has no bf16 on a CPU")
-    shared, alone = (open_engine(dense, engine, precision, 4, streams) for streams in (3, 1))
+def test_runs_that_share_the_threads_answer_as_one_that_has_all(dense: Path, precision: str) -> None:
+    shared, alone = (open_engine(dense, "openvino", precision, 4, streams) for streams in (3, 1))
     asked = [feeds(batch=1, seed=seed) for seed in range(12)]
     with ThreadPoolExecutor(4) as pool:  # one more than there are streams
         found = list(pool.map(shared.run, asked))
@@ -261,6 +262,75 @@ def test_a_run_that_fails_spoils_no_other(tmp_path: Path, streams: int) -> None:
             features(*edges)
         for edge, found in before.items():
             assert np.array_equal(features(edge, edge), found)
+
+
+class Request:
+    """Answers with its generation, after `before` has been called."""
+
+    def __init__(self, generation: int, before: Callable[[object], None]) -> None:
+        self.generation, self.before = generation, before
+
+    def infer(self, feeds: object, share_inputs: bool) -> SimpleNamespace:
+        self.before(feeds)
+        return SimpleNamespace(to_tuple=lambda: (self.generation,))
+
+
+def test_a_run_that_another_ones_failure_falls_into_is_made_again() -> None:
+    """Whether it came to something by then or not; and the graph is compiled once for all of them."""
+    generations = count(1)
+    begun, failed = [threading.Event(), threading.Event()], threading.Event()
+
+    def before(feeds: object) -> None:
+        if feeds == "bad":
+            assert all(event.wait(20) for event in begun)
+            raise RuntimeError("bad")
+        if isinstance(feeds, int) and not failed.is_set():
+            begun[feeds].set()
+            assert failed.wait(20)
+            if feeds == 1:
+                raise RuntimeError("in disorder")
+
+    def compiled() -> list[Request]:
+        generation = next(generations)
+        return [Request(generation, before) for _ in range(3)]
+
+    made = engines._Compiled(compiled(), compiled)  # type: ignore[arg-type]
+    with ThreadPoolExecutor(3) as pool:
+        innocent = [pool.submit(made.run, number) for number in (0, 1)]
+        with pytest.raises(RuntimeError, match="bad"):
+            pool.submit(made.run, "bad").result(20)
+        failed.set()
+        assert [one.result(20) for one in innocent] == [(2,), (2,)]
+    assert next(generations) == 3
+
+
+def test_nothing_runs_on_what_could_not_be_compiled_anew() -> None:
+    def before(feeds: object) -> None:
+        if feeds == "bad":
+            raise RuntimeError("bad")
+
+    found: list[object] = [MemoryError("no room"), [Request(2, before)]]
+
+    def again() -> list[Request]:
+        made = found.pop(0)
+        if isinstance(made, Exception):
+            raise made
+        return made  # type: ignore[return-value]
+
+    made = engines._Compiled([Request(1, before)], again)  # type: ignore[arg-type]
+    assert made.run({}) == (1,)
+    for feeds, told in (("bad", "bad"), ({}, "no room")):
+        with pytest.raises((RuntimeError, MemoryError), match=told):
+            made.run(feeds)  # type: ignore[arg-type]
+    assert made.run({}) == (2,)
+
+
+def test_files_that_changed_are_not_compiled_anew(tmp_path: Path) -> None:
+    file = save(convolutions(3), tmp_path)
+    opened = OpenVino(file, "fp32", 1)
+    file.write_bytes(file.read_bytes() + b" ")
+    with pytest.raises(ModelError, match="have changed"):
+        opened.specialise({"image": (1, 3, 16, 16)})
 
 
 def test_openvino_tells_nobody_that_it_runs() -> None:

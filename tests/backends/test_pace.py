@@ -72,7 +72,10 @@ def test_what_runs_alone_is_known_apart_once_it_was_seen() -> None:
     assert pace.batch_s("denoise", 100, alone=True) == 1.0
     pace.saw("denoise", 100, 0.6, alone=True)
     assert (pace.batch_s("denoise", 100, alone=True), pace.batch_s("denoise", 100)) == (0.6, 1.0)
-    assert pace.batch_s("denoise", 200, alone=True) == pytest.approx(1.2)
+    # 200 pixels were seen in company alone: 3 s there.
+    assert pace.batch_s("denoise", 200, alone=True) == pytest.approx(3 * 0.6)
+    pace.saw("denoise", 900, 8.0, alone=True)
+    assert pace.batch_s("denoise", 900) == pytest.approx(8 / 0.6)
     # One member has the machine to itself at every step, two share it.
     assert pace.alone_s(100, 10, 1) == pytest.approx(0.5 + 10 * 0.6 + 0.1)
     assert pace.alone_s(100, 10, 2) == pytest.approx(0.5 + 10 * 1.0 + 0.1)

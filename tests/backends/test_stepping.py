@@ -278,6 +278,24 @@ def test_only_what_has_no_company_is_told_that_it_is_alone(toy_repository: Path)
     assert not any(run(main(concurrency=1)))
 
 
+def test_what_gets_company_from_the_middle_on_teaches_nothing_of_either(toy_repository: Path) -> None:
+    class Slow(Recorder):
+        async def run(self, kind: str, rows: Any, ticket: Ticket) -> None:
+            await asyncio.sleep(1.0)
+            await super().run(kind, rows, ticket)
+
+    async def main(later_s: float) -> float:
+        lane = Stepping(Slow.of(toy_repository), batch_size=1, concurrency=2)
+        lane.pace.saw("denoise", 16 * 16, 5.0, alone=True)
+        first = step(lane, 1)
+        await asyncio.sleep(later_s)
+        await asyncio.gather(first, step(lane, 2))
+        return float(np.mean(list(lane.pace._seen["denoise", True][16 * 16])))
+
+    assert in_virtual_time(main(0.5)) == 5.0
+    assert in_virtual_time(main(1.5)) == pytest.approx((5 + 1 + 1) / 3)
+
+
 def test_nothing_is_alone_to_a_backend_whose_bytes_depend_on_it(
     toy_repository: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

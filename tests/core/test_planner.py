@@ -12,7 +12,7 @@ from saccade.anytime import Spend
 from saccade.backends import Ticket
 from saccade.backends.pace import Pace
 from saccade.card import Card
-from saccade.dial import Limits, Plan
+from saccade.dial import Forecast, Limits, Plan
 from saccade.pipeline import Options, Resolved
 from saccade.planner import Learnt, Planner, Shape
 from tests.core.test_dial import card
@@ -87,6 +87,27 @@ def test_the_deadline_is_the_budget_after_the_coming_or_the_servers_patience() -
     assert spent is not None
     assert spent.deadline is not None
     assert spent.deadline - now < 2.0
+
+
+def test_who_is_alone_is_forecast_with_the_whole_machine() -> None:
+    pace = Pace(batch_size=1, concurrency=2)
+    for kind in ("encode", "denoise", "decode"):
+        pace.saw(kind, PIXELS, 0.010)  # type: ignore[arg-type]
+        pace.saw(kind, PIXELS, 0.006, alone=True)  # type: ignore[arg-type]
+
+    def forecast(busy_s: float) -> Forecast:
+        known = card()
+        return Planner().forecast(Lane(busy_s, pace), known, "depth", Options().resolve(known, "depth"), [SMALL], 60.0)
+
+    def step_s(of: Forecast, members: int) -> float:
+        return of.seconds(6, members) - of.seconds(5, members)
+
+    idle, busy = forecast(0.0), forecast(1.0)
+    assert [step_s(idle, members) for members in (1, 2, 3)] == pytest.approx([0.006, 0.010, 0.020])
+    assert [step_s(busy, members) for members in (1, 2, 3)] == pytest.approx([0.010, 0.010, 0.020])
+    assert (idle.encode_s, busy.encode_s) == (0.006, 0.010)
+    one, two = (idle.seconds(5, members) - members * idle.merge_s for members in (1, 2))
+    assert two - one == pytest.approx(5 * 0.004 + 0.004)  # decoding: 6 ms of one by itself, 10 of two side by side
 
 
 def test_slow_writing_is_learnt() -> None:

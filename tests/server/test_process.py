@@ -128,8 +128,8 @@ def refusal(repository: Path, log: Path, hint: str, **settings: object) -> None:
 
 @EMBEDDED
 def test_what_multiplies_is_told(toy_repository: Path) -> None:
-    with serving(toy_repository, engine="onnxruntime", threads=2, streams=2, ratios="4:3") as server:
-        labels = 'engine="onnxruntime",model="toy",precision="fp32",sizes="",streams="2",threads="2"'
+    with serving(toy_repository, engine="onnxruntime", threads=2, ratios="4:3") as server:
+        labels = 'engine="onnxruntime",model="toy",precision="fp32",sizes="",streams="1",threads="2"'
         told = f"saccade_engine_info{{{labels}}} 1.0"
         assert told in httpx.get(f"{server.url}/metrics").text
-        assert "toy runs on onnxruntime in fp32, threads: 2, streams: 2" in server.log.read_text()
+        assert "toy runs on onnxruntime in fp32, threads: 2, streams: 1" in server.log.read_text()
