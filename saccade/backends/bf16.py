@@ -143,9 +143,9 @@ def _narrowed(value: Any, op: Any) -> Any:
 
     if not _is_constant(value):
         return ops.convert(_split(value) if _is_convolution(op) else value, "bf16").output(0)
-    weight = nearest(value.get_node().get_data())
-    halves = (weight.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
-    return Constant(Tensor(halves, list(halves.shape), Type.bf16), shared_memory=False).output(0)
+    weight = value.get_node().get_data()
+    halves = (nearest(weight).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+    return Constant(Tensor(halves, list(weight.shape), Type.bf16), shared_memory=False).output(0)
 
 
 def _split(value: Any) -> Any:
@@ -157,7 +157,7 @@ def _split(value: Any) -> Any:
 
 
 def nearest(weight: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The nearest numbers that bf16 can hold, ties to even, as float32."""
+    """The nearest numbers that bf16 can hold, ties to even, as float32; a scalar as one of [1]."""
     bits = np.ascontiguousarray(weight, np.float32).view(np.uint32)
     rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    return (rounded & np.uint32(0xFFFF0000)).view(np.float32).reshape(weight.shape)
+    return (rounded & np.uint32(0xFFFF0000)).view(np.float32)

@@ -151,7 +151,7 @@ def test_experts_picked_from_a_stack_are_lowered_and_their_router_is_not(sparse:
 
 
 def gated() -> onnx.ModelProto:
-    """[n, m, 8] -> first + down(silu(gate first) * up first) + bias, and a last layer."""
+    """[n, m, 8] -> first + down(silu(gate first) * 1.25 up first) + bias, and a last layer."""
     g = Graph(5)
 
     def layer(x: str) -> str:
@@ -159,7 +159,8 @@ def gated() -> onnx.ModelProto:
 
     first = layer("x")
     gate, up = layer(first), layer(first)
-    down = layer(g.node("Mul", g.node("Mul", gate, g.node("Sigmoid", gate)), up))
+    scaled = g.node("Mul", up, g.constant(np.array(1.25, np.float32)))
+    down = layer(g.node("Mul", g.node("Mul", gate, g.node("Sigmoid", gate)), scaled))
     g.node("Identity", layer(g.node("Add", first, g.node("Add", down, g.normal(8)))), output="y")
     ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", "m", 8]) for name in ("x", "y")]
     return g.model(ports[:1], ports[1:])
@@ -174,9 +175,12 @@ def test_activations_between_lowered_layers_are_bf16_and_sums_behind_them_are_no
     for op in model.get_ordered_ops():
         kinds.setdefault(op.get_type_name(), []).append(op.output(0).get_element_type().get_type_name())
     assert kinds["Sigmoid"] == ["bf16"]
-    assert kinds["Multiply"] == ["bf16", "bf16"]
+    assert kinds["Multiply"] == ["bf16"] * 3
     assert kinds["Add"] == ["f32", "f32"]
     assert sorted(kinds["MatMul"]) == ["bf16"] * 3 + ["f32"] * 2
+    given = {"x": np.random.default_rng(0).standard_normal((2, 5, 8)).astype(np.float32)}
+    truth, lowered = (open_engine(tmp_path / "model.onnx", "openvino", kind, 1).run(given) for kind in ("fp32", "bf16"))
+    assert 1e-5 < error(lowered["y"], truth["y"]) < 1e-2
 
 
 def test_the_timestep_stays_exact_in_bf16(dense: Path) -> None:
