@@ -1,6 +1,6 @@
 """How near the machine's roof a request comes: forwards of the papers' a2, dense and of experts, and whole requests.
 
-    python -m bench.roof [--rounds 8] [--out docs/roof.md] [--edges 256 512] [--model a2]
+    python -m bench.roof [--rounds 8] [--out docs/roof.md] [--edges 256 512] [--model a2] [--parts dense experts]
 
 Forwards: one denoising step at batch 1, with random weights, by eager torch, diffusers' DiTTransformer2DModel of the
 same shape (dense only), ONNX Runtime fp32, OpenVINO fp32 and the server's choice, each in a process of its own, turn
@@ -54,6 +54,7 @@ from training.perception import Perception, PerceptionConfig
 
 LABELS = {"depth": 0, "flow": 1, "amodal": 2}
 INPUTS = ("latent", "timestep", "task", "condition")
+PARTS_OF_IT = ("dense", "experts", "requests")
 ROOF = 2048
 TURNS = 2
 Engine = tuple[str, str]
@@ -268,10 +269,12 @@ def alone(*given: object) -> Forward:
         return pool.apply(forward, given)
 
 
-def forwards(name: str, edges: Sequence[int], rounds: int, told: Callable[[str], None]) -> tuple[list[str], list[str]]:
-    """Rows of the table of forwards, and of where the time goes."""
+def forwards(
+    name: str, mixtures: Sequence[bool], edges: Sequence[int], rounds: int, told: Callable[[str], None]
+) -> tuple[list[str], list[str]]:
+    """Rows of the table of forwards, and of where the time goes; of the dense model, of one of experts, or both."""
     rows, where = [], []
-    for experts in (False, True):
+    for experts in mixtures:
         config, label = model_of(name, experts), f"{name}-8E2A" if experts else name
         with tempfile.TemporaryDirectory() as folder:
             exported(config, Path(folder), max(edges))
@@ -398,10 +401,13 @@ async def _asked(backend: Backend, task: TaskName, options: Options, rounds: int
         await backend.aclose()
 
 
-def bench(name: str, edges: Sequence[int], default: Path, rounds: int, told: Callable[[str], None]) -> str:
+def bench(
+    name: str, parts: Sequence[str], edges: Sequence[int], default: Path, rounds: int, told: Callable[[str], None]
+) -> str:
     allocator.settle()  # as the server does
-    rows, where = forwards(name, edges, rounds, told)
-    asked = requests(name, min(edges), default, max(3, rounds // 3), told)
+    mixtures = [experts for part, experts in (("dense", False), ("experts", True)) if part in parts]
+    rows, where = forwards(name, mixtures, edges, rounds, told)
+    asked = requests(name, min(edges), default, max(3, rounds // 3), told) if "requests" in parts else []
     return "\n".join(
         [
             f"Random weights, batch 1, medians of {rounds} forwards. GFLOP/s: two for every multiply-accumulate of the "
@@ -432,6 +438,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--repository", type=Path)
     parser.add_argument("--model", default="a2")
     parser.add_argument("--edges", type=int, nargs="+", default=[256, 512], help="pixels")
+    parser.add_argument("--parts", nargs="+", choices=PARTS_OF_IT, default=PARTS_OF_IT)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
@@ -439,7 +446,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     def told(what: str) -> None:
         sys.stderr.write(f"{what}\n")
 
-    table = bench(args.model, args.edges, find_repository(args.repository), args.rounds, told)
+    table = bench(args.model, args.parts, args.edges, find_repository(args.repository), args.rounds, told)
     sys.stdout.write(table + "\n")
     if args.out:
         args.out.write_text(f"# How near the roof\n\nMade by `python -m bench.roof`.\n\n{table}\n")
