@@ -246,26 +246,37 @@ def test_runs_that_share_the_threads_answer_as_one_that_has_all(dense: Path, pre
         assert np.array_equal(results["prediction"], alone.run(given)["prediction"])
 
 
-@pytest.mark.parametrize("streams", [1, 2])
-def test_a_run_that_fails_spoils_no_other(tmp_path: Path, streams: int) -> None:
+SPOILT = """
+import sys
+import numpy as np
+from pathlib import Path
+from saccade.backends.engines import open_engine
+
+opened = open_engine(Path(sys.argv[1]), "openvino", "fp32", 2, int(sys.argv[2]))
+
+def features(*edges):
+    pictures = [np.full((1, 3, edge, 48), edge, np.float32) for edge in edges]
+    return opened.run(dict(zip(("image", "prompt"), pictures)))["features"]
+
+before = {edge: features(edge, edge) for edge in (16, 32, 64)}
+for edges in ((64, 16), (16, 32), (32, 64)):
+    try:
+        features(*edges)
+    except RuntimeError:
+        print("failed", all(np.array_equal(features(edge, edge), found) for edge, found in before.items()))
+"""
+
+
+@pytest.mark.parametrize("streams", ["1", "2"])
+def test_a_run_that_fails_spoils_no_other(tmp_path: Path, streams: str) -> None:
     """What OpenVINO leaves behind of a failure made later runs fail, or answer at the size of an earlier one. (With one
-    thread it does not see that sizes disagree.)"""
+    thread it does not see that sizes disagree.) In a process of its own, for who knows what else it leaves behind."""
     g = Graph(7)
     image, prompt = (g.conv(g.conv(name, 3, 8, 3), 8, 8, 3) for name in ("image", "prompt"))
     g.node("Identity", g.conv(g.node("Add", image, prompt), 8, 8, 3), output="features")
     file = save(g.model([maps("image", 3), maps("prompt", 3)], [maps("features", 8)]), tmp_path)
-    opened = open_engine(file, "openvino", "fp32", 2, streams)
-
-    def features(*edges: int) -> np.ndarray:
-        pictures = [np.full((1, 3, edge, 48), edge, np.float32) for edge in edges]
-        return opened.run(dict(zip(("image", "prompt"), pictures, strict=True)))["features"]
-
-    before = {edge: features(edge, edge) for edge in (16, 32, 64)}
-    for edges in ((64, 16), (16, 32), (32, 64)):
-        with pytest.raises(RuntimeError):
-            features(*edges)
-        for edge, found in before.items():
-            assert np.array_equal(features(edge, edge), found)
+    ran = subprocess.run([sys.executable, "-c", SPOILT, file, streams], capture_output=True, text=True, check=True)
+    assert ran.stdout.split("\n") == ["failed True"] * 3 + [""]
 
 
 class Request:
