@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -114,18 +115,18 @@ class OpenVino:
     """
 
     def __init__(self, file: Path, precision: str, threads: int, streams: int = 1) -> None:
-        self._file, self._precision, self._threads, self._streams = file, precision, threads, streams
-        self._stamp = _stamp(file)
-        model = self._read()
+        self._source = _Source(file, precision, threads, streams)
+        model = self._source.read()
+        self.lowered = self._source.lowered
         self.inputs = {port.any_name: _ov_port(port) for port in model.inputs}
         self.outputs = {port.any_name: _ov_port(port) for port in model.outputs}
-        self._any = _Compiled(self._requests(model), lambda: self._requests(self._read()))
+        self._any = _Compiled(self._source.requests(model), self._source.again)
         self._special: dict[tuple[tuple[int, ...], ...], _Compiled] = {}
 
     def specialise(self, shapes: Shapes) -> Shapes:
         """With every size known OpenVINO fuses more, and infers no shapes as it goes."""
-        model = self._read(shapes)
-        compiled = _Compiled(self._requests(model), lambda: self._requests(self._read(shapes)))
+        model = self._source.read(shapes)
+        compiled = _Compiled(self._source.requests(model), partial(self._source.again, shapes))
         self._special[tuple(shapes[name] for name in self.inputs)] = compiled
         return {port.any_name: _ov_port(port).dims for port in model.outputs}
 
@@ -134,7 +135,19 @@ class OpenVino:
         compiled = self._special.get(tuple(whole[name].shape for name in self.inputs), self._any)
         return dict(zip(self.outputs, compiled.run(whole), strict=True))
 
-    def _read(self, shapes: Shapes | None = None) -> Any:
+
+class _Source:
+    """A graph's file, and how it is compiled. It knows nothing of those who hold what it makes: in a cycle they would
+    go when the garbage collector comes by, in any thread, and OpenVINO's plugin must go in the thread that it came in:
+    it leaves that thread without a stack for its signals otherwise, and the next signal ends the process.
+    """
+
+    def __init__(self, file: Path, precision: str, threads: int, streams: int) -> None:
+        self._file, self._precision, self._threads, self._streams = file, precision, threads, streams
+        self._stamp = _stamp(file)
+        self.lowered = 0
+
+    def read(self, shapes: Shapes | None = None) -> Any:
         openvino = _openvino()
         if _stamp(self._file) != self._stamp:  # nobody has verified what is there now
             raise ModelError(
@@ -146,14 +159,17 @@ class OpenVino:
             self.lowered = bf16.narrow(model) if self._precision == "bf16" else 0
         log.debug("%s: %d layers in bf16", "/".join(self._file.parts[-3:]), self.lowered)
         if shapes is not None:
-            model.reshape({name: list(shapes[name]) for name in self.inputs})
+            model.reshape({name: list(sizes) for name, sizes in shapes.items()})
         return model
 
-    def _requests(self, model: Any) -> list[Any]:
+    def requests(self, model: Any) -> list[Any]:
         """One for each stream of the compiled model."""
         properties = openvino_properties(self._threads, self._streams)
         compiled = _openvino().Core().compile_model(model, "CPU", properties)
         return [compiled.create_infer_request() for _ in range(self._streams)]
+
+    def again(self, shapes: Shapes | None = None) -> list[Any]:
+        return self.requests(self.read(shapes))
 
 
 class _Compiled:

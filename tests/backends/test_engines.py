@@ -167,9 +167,7 @@ def gated() -> onnx.ModelProto:
 
 
 def test_activations_between_lowered_layers_are_bf16_and_sums_behind_them_are_not(tmp_path: Path) -> None:
-    from openvino import Core
-
-    model = Core().read_model(str(save(gated(), tmp_path)))
+    model = engines._openvino().Core().read_model(str(save(gated(), tmp_path)))
     assert bf16.narrow(model) == 3
     kinds: dict[str, list[str]] = {}
     for op in model.get_ordered_ops():
