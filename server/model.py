@@ -30,7 +30,7 @@ class Model:
         self.stepping = Stepping(
             backend,
             batch_size=settings.batch_size,
-            concurrency=backend.streams if isinstance(backend, Embedded) else settings.concurrency,
+            concurrency=backend.streams if isinstance(backend, Embedded) else settings.triton_batches,
             observer=self._batch,
             tracer=tracing,
         )

@@ -173,9 +173,9 @@ class Settings(BaseSettings):
         return tuple(origin.strip() for origin in (self.cors_origins or "").split(",") if origin.strip())
 
     @property
-    def concurrency(self) -> int:
-        """Batches that are worth having in flight at once."""
-        return 1 if self.backend == "embedded" else self.triton_concurrency * len(self.endpoints)
+    def triton_batches(self) -> int:
+        """Worth having in flight at once, over all endpoints."""
+        return self.triton_concurrency * len(self.endpoints)
 
     @classmethod
     def load(cls, config: Path | None = None, **flags: Any) -> Settings:

@@ -133,3 +133,21 @@ def test_what_multiplies_is_told(toy_repository: Path) -> None:
         told = f"saccade_engine_info{{{labels}}} 1.0"
         assert told in httpx.get(f"{server.url}/metrics").text
         assert "toy runs on onnxruntime in fp32, threads: 2, streams: 1" in server.log.read_text()
+
+
+@EMBEDDED
+def test_two_streams_answer_a_crowd_as_one_caller(toy_repository: Path) -> None:
+    with serving(toy_repository, engine="openvino", threads=2, streams=2) as server:
+        assert 'streams="2"' in httpx.get(f"{server.url}/metrics").text
+
+        def ask(seed: int) -> bytes:
+            form = {"seed": str(seed), "steps": "3", "ensemble_size": "2"}
+            accept = {"accept": "image/png"}
+            answer = httpx.post(f"{server.url}/depth", files=files("depth"), data=form, headers=accept, timeout=60)
+            assert answer.status_code == 200
+            return answer.content
+
+        alone = [ask(seed) for seed in range(6)]
+        with ThreadPoolExecutor(6) as crowd:
+            assert list(crowd.map(ask, range(6))) == alone
+        assert len(set(alone)) == 6

@@ -69,7 +69,7 @@ def test_the_documented_table_is_made_from_the_settings() -> None:
 def test_tritons_endpoints_are_a_list_without_repetition() -> None:
     chosen = Settings(backend="triton", triton_url="a:1, [::1]:2,a:1", triton_concurrency=3)
     assert chosen.endpoints == ("a:1", "[::1]:2")
-    assert (chosen.concurrency, Settings(triton_concurrency=3).concurrency) == (6, 1)
+    assert chosen.triton_batches == 6
 
 
 @pytest.mark.parametrize("url", ["", "host", "http://host:1", "host:1,", "host:port", "host:1;other:2"])
