@@ -1,14 +1,16 @@
 """How near the machine's roof a request comes: forwards of the papers' a2, dense and of experts, and whole requests.
 
-    python -m bench.roof [--rounds 8] [--out docs/roof.md] [--edges 256 512] [--model a2] [--parts dense experts]
+    python -m bench.roof [--rounds 8] [--out FILE] [--edges 256 512] [--model a2] [--parts dense experts]
 
 Forwards: one denoising step at batch 1, with random weights, by eager torch, diffusers' DiTTransformer2DModel of the
 same shape (dense only), ONNX Runtime fp32, OpenVINO fp32 and the server's choice, each in a process of its own, turn
-about; the same of fixed size, as with the setting `ratios`; and two ways that the server does not take: attention in
-bf16 too, and everything in bf16 by OpenVINO's hint, both of fixed size. The error is the root mean square of the
+about; the same of fixed size, as with the setting `ratios`; and what the server does not take, everything in bf16 by
+OpenVINO's hint, of fixed size too. The error is the root mean square of the
 difference to eager torch, relative to its output's. The roof is the product of two square matrices of 2048, before and
 after the forwards and in the same process: the best one of all processes of that precision counts. Where the time goes
 is what OpenVINO's own counters say.
+
+Sharp attention: errors of the same model with queries and keys that are larger, for attention is in bf16 too.
 
 Requests: one of each task at the same steps and members, through `saccade.pipeline`, phase by phase: the server's
 engine, ONNX Runtime fp32, eager torch one member at a time; for the default model and for the a2 of 256 px.
@@ -54,12 +56,14 @@ from training.perception import Perception, PerceptionConfig
 
 LABELS = {"depth": 0, "flow": 1, "amodal": 2}
 INPUTS = ("latent", "timestep", "task", "condition")
-PARTS_OF_IT = ("dense", "experts", "requests")
+PARTS_OF_IT = ("dense", "experts", "sharp", "requests")
 ROOF = 2048
 TURNS = 2
 Engine = tuple[str, str]
 EAGER, DIFFUSERS = ("torch eager", "fp32"), ("diffusers", "fp32")
-FIXED, ATTENTION_TOO, HINT = "bf16, fixed size", "bf16, fixed size, attention too", "bf16 by hint, fixed size"
+FIXED, HINT = "bf16, fixed size", "bf16 by hint, fixed size"
+SHARPER = (1, 2, 4, 8)
+"""Times as large as at random: queries, and keys."""
 
 
 @dataclass(frozen=True)
@@ -78,17 +82,21 @@ def model_of(name: str, experts: bool) -> DiTConfig:
     return named(name, channels=26, condition=32, labels=len(LABELS), inputs=1, experts=mixture)
 
 
-def perception(config: DiTConfig) -> Perception:
+def perception(config: DiTConfig, sharper: float = 1) -> Perception:
     """Random weights, gates and output included, so that every layer has something to do."""
     torch.manual_seed(0)
     model = Perception(PerceptionConfig(config, CodecConfig(), DiffusionConfig(), LABELS))
     for parameter in model.dit.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.02)
+    with torch.no_grad():
+        for block in model.dit.blocks:
+            block.attn.qkv.weight[: 2 * config.width] *= sharper
+            block.attn.qkv.bias[: 2 * config.width] *= sharper
     return model
 
 
-def exported(config: DiTConfig, repository: Path, edge: int) -> str:
+def exported(config: DiTConfig, repository: Path, edge: int, sharper: float = 1) -> str:
     """The model's name in a repository of its own."""
     defaults = {"steps": 4, "ensemble_size": 4, "reduction": "mean", "processing_resolution": edge}
     facts = {
@@ -98,11 +106,11 @@ def exported(config: DiTConfig, repository: Path, edge: int) -> str:
         "tasks": {task: {"label": label, "coding": {}, "defaults": defaults} for task, label in LABELS.items()},
         "training": {"data": [], "samples": 0, "wall_clock_s": 0, "device": "none"},
     }
-    return export(perception(config).servable(), facts, repository).name
+    return export(perception(config, sharper).servable(), facts, repository).name
 
 
 def engines(experts: bool) -> list[Engine]:
-    lowered = ("bf16", FIXED, ATTENTION_TOO, HINT) if has_bf16() else ()
+    lowered = ("bf16", FIXED, HINT) if has_bf16() else ()
     precisions = [("openvino", precision) for precision in ("fp32", *lowered)]
     return [EAGER, *([] if experts else [DIFFUSERS]), ("onnxruntime", "fp32"), *precisions]
 
@@ -137,7 +145,7 @@ def runner(config: DiTConfig, repository: Path, engine: Engine, feeds: list[np.n
 
         return eager, lambda feeds: {}
     file = Repository(repository).graph("measured")
-    if engine[1] in (FIXED, ATTENTION_TOO, HINT):
+    if engine[1] in (FIXED, HINT):
         request = compiled(file, engine[1], feeds)
 
         def tried(given: list[np.ndarray]) -> Any:
@@ -162,31 +170,9 @@ def compiled(file: Path, precision: str, feeds: list[np.ndarray], **more: Any) -
         properties["INFERENCE_PRECISION_HINT"] = "bf16"
     elif precision != "fp32":
         bf16.narrow(model)
-    if precision == ATTENTION_TOO:
-        narrow_attention(model)
-    if precision in (FIXED, ATTENTION_TOO, HINT):
+    if precision in (FIXED, HINT):
         model.reshape({name: list(value.shape) for name, value in zip(INPUTS, feeds, strict=True)})
     return core.compile_model(model, "CPU", properties).create_infer_request()
-
-
-def narrow_attention(model: Any) -> None:
-    """Queries, keys and values to bf16, and the result back: both products and the softmax between them."""
-    from openvino import opset13 as ops
-
-    def lowered(value: Any) -> Any:
-        return ops.convert(value, "bf16").output(0)
-
-    for softmax in [op for op in model.get_ordered_ops() if op.get_type_name() == "Softmax"]:
-        logits, after = softmax.input_value(0).get_node(), next(iter(softmax.output(0).get_target_inputs())).get_node()
-        if (logits.get_type_name(), after.get_type_name()) != ("MatMul", "MatMul"):
-            continue
-        turned = logits.get_attributes()
-        product = ops.matmul(*map(lowered, logits.input_values()), turned["transpose_a"], turned["transpose_b"])
-        mixed = ops.matmul(ops.softmax(product, -1), lowered(after.input_value(1)), False, False)
-        result = ops.convert(mixed, "f32").output(0)
-        for consumer in list(after.output(0).get_target_inputs()):
-            consumer.replace_source_output(result)
-    model.validate_nodes_and_infer_types()
 
 
 class Theirs(torch.nn.Module):
@@ -334,6 +320,40 @@ def _where(label: str, edge: int, config: DiTConfig, last: dict[Engine, Forward]
     return rows
 
 
+def sharp(name: str, edge: int, told: Callable[[str], None]) -> list[str]:
+    """Rows of the table of errors by the size of attention's logits."""
+    config, rows = model_of(name, False), []
+    for sharper in SHARPER:
+        told(f"{name}, {edge} px, queries and keys {sharper} times as large")
+        with tempfile.TemporaryDirectory() as folder:
+            exported(config, Path(folder), edge, sharper)
+            file = Repository(Path(folder)).graph("measured")
+            servable = perception(config, sharper).servable()
+            tensors = servable.examples(1, edge, edge, 0)["denoiser"]
+            feeds = [value.numpy() for value in tensors]
+            largest = watched(servable.denoiser, config)
+            with torch.inference_mode():
+                true = servable.denoiser(*tensors).numpy()
+            given = dict(zip(INPUTS, feeds, strict=True))
+            found = [compiled(file, kind, feeds).infer(given)[0] for kind in ("fp32", "bf16", HINT)]
+        rows.append(f"| {max(largest):.0f} | {' | '.join(f'{_error(output, true):.1e}' for output in found)} |")
+    return rows
+
+
+def watched(denoiser: torch.nn.Module, config: DiTConfig) -> list[float]:
+    """Will have the largest logit of every attention that is run."""
+    largest = []
+
+    def watch(module: torch.nn.Module, given: object, qkv: torch.Tensor) -> None:
+        q, k, _ = qkv.unflatten(-1, (3, config.heads, -1)).permute(2, 0, 3, 1, 4)
+        largest.append(float((q @ k.transpose(-1, -2)).abs().max()) * q.shape[-1] ** -0.5)
+
+    for name, module in denoiser.named_modules():
+        if name.endswith("attn.qkv"):
+            module.register_forward_hook(watch)
+    return largest
+
+
 def inputs_of(task: TaskName) -> Inputs:
     files = {name: (EXAMPLES / file).read_bytes() for name, file in PARTS[task].items()}
     mask = files.pop("mask", None)
@@ -407,6 +427,7 @@ def bench(
     allocator.settle()  # as the server does
     mixtures = [experts for part, experts in (("dense", False), ("experts", True)) if part in parts]
     rows, where = forwards(name, mixtures, edges, rounds, told)
+    blurred = sharp(name, min(edges), told) if "sharp" in parts else []
     asked = requests(name, min(edges), default, max(3, rounds // 3), told) if "requests" in parts else []
     return "\n".join(
         [
@@ -423,6 +444,12 @@ def bench(
             "| model | precision | share of the time | linear layers, GFLOP/s | attention, GFLOP/s |",
             "|---|---|---|---|---|",
             *where,
+            "",
+            f"## Sharp attention ({name}, {min(edges)} px, errors against eager torch)",
+            "",
+            "| largest logit | fp32 | bf16 | bf16 by hint |",
+            "|---|---|---|---|",
+            *blurred,
             "",
             f"## One request: 4 steps, 4 members, {min(edges)} px, milliseconds",
             "",

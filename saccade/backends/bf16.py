@@ -1,18 +1,22 @@
 """Lower an fp32 OpenVINO model to bf16 where that is cheap in error, and nowhere else.
 
 OpenVINO's own precision hint lowers whole graphs: on a diffusion transformer it costs 1 to 20% of the output, most of
-it in the timestep's sinusoids. Here linear layers and convolutions alone multiply in bf16, between explicit converts;
-sums are fp32 inside the kernels, and the residual stream, norms, softmax and all else between layers stay fp32. So do
+it in the timestep's sinusoids. Here linear layers and convolutions multiply in bf16, between explicit converts; sums
+are fp32 inside the kernels, and the residual stream, norms and all else stay fp32. So do
 
 - layers without a token axis (rank 2: timestep embedding and adaLN modulation), unless experts picked the tokens;
-- products of two activations (attention, matching): their operands may be coordinates or logits of any size;
+- products of two activations that are not attention between such layers (matching): their operands may be coordinates;
 - routers (a layer whose output goes to a softmax or top-k): rounding would flip choices;
 - the first and last layers on every path: they see raw inputs, make raw outputs, and cost little.
 
 Constants are folded first: an exported graph picks each expert's weights from a stack, and adds zero to the router's
-logits; unfolded, neither is seen for what it is. And what lies between two such layers and nowhere else (SiLU, GELU, a
-gate's product, a bias) is computed in bf16 too: the next layer would round it anyway, and without converts around
-it OpenVINO computes it inside the layer's kernel, in fp32, and rounds once.
+logits; unfolded, neither is seen for what it is. And what lies between linear layers and nowhere else is in bf16 too:
+
+- SiLU, GELU, a gate's product, a bias: the next layer would round it anyway, and without converts around it OpenVINO
+  computes it inside the layer's kernel, in fp32, and rounds once;
+- attention: queries, keys and values bear the rounding of the layer that made them already, and the layer behind rounds
+  what they come to. OpenVINO fuses both products and the softmax, with logits and sums in fp32; so logits err no more
+  than twice as much (`docs/roof.md`).
 
 `Convert` in OpenVINO 2026 adds half a unit to odd mantissas only, so it shrinks values by 0.14% on average, and that
 adds up over layers. So weights are rounded to nearest here, and a convolution's input by Veltkamp's splitting (2.4% ->
@@ -27,7 +31,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_BETWEEN = {"Add", "Gelu", "Multiply", "Sigmoid", "Swish"}
+_ATTENTION = {"MatMul", "Softmax"}
+_MOVES = {"Reshape", "Slice", "Split", "Squeeze", "StridedSlice", "Transpose", "Unsqueeze", "VariadicSplit"}
+_BETWEEN = {"Add", "Gelu", "Multiply", "Sigmoid", "Swish"} | _ATTENTION | _MOVES
 _ROUTES = {"Softmax", "LogSoftmax", "TopK"}
 _THROUGH = {"Add", "Subtract", "Multiply", "Divide", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Convert"}
 
@@ -104,20 +110,32 @@ def _inner(order: list[Any], layers: set[str]) -> set[str]:
 
 
 def _between(order: list[Any], layers: set[str]) -> set[str]:
-    """Activations, products and biases whose values come from `layers` alone, and go to `layers` alone."""
-    around = {op.get_name(): _sources(op) | _consumers(op) for op in order if op.get_type_name() in _BETWEEN}
+    """Activations, products, biases and attention whose values come from `layers` alone, and go to `layers` alone."""
+    passing = [op for op in order if op.get_type_name() in _BETWEEN and op.get_name() not in layers]
+    around = {op.get_name(): _sources(op) | _consumers(op) for op in passing if not _has_weights(op)}
     found = set(around)
     while strays := {name for name in found if not around[name] <= found | layers}:
         found -= strays
     return found
 
 
+def _has_weights(op: Any) -> bool:
+    """Whether it is a product that was not lowered for a layer, as that of a router or with a grid of coordinates."""
+    return op.get_type_name() == "MatMul" and any(map(_is_constant, op.input_values()))
+
+
 def _sources(op: Any) -> set[str]:
-    return {value.get_node().get_name() for value in op.input_values() if not _is_constant(value)}
+    values = [value for value in op.input_values() if _is_real(value) and not _is_constant(value)]
+    return {value.get_node().get_name() for value in values}
 
 
 def _consumers(op: Any) -> set[str]:
-    return {consumer.get_node().get_name() for consumer in op.output(0).get_target_inputs()}
+    return {consumer.get_node().get_name() for output in op.outputs() for consumer in output.get_target_inputs()}
+
+
+def _is_real(value: Any) -> bool:
+    """Not sizes, axes and the like."""
+    return bool(value.get_element_type().is_real())
 
 
 def _lower(op: Any, lowered: set[str]) -> None:
@@ -125,14 +143,16 @@ def _lower(op: Any, lowered: set[str]) -> None:
     from openvino import opset13 as ops
 
     for port in op.inputs():
-        if port.get_source_output().get_node().get_name() not in lowered:
-            port.replace_source_output(_narrowed(port.get_source_output(), op))
+        value = port.get_source_output()
+        if _is_real(value) and value.get_node().get_name() not in lowered:
+            port.replace_source_output(_narrowed(value, op))
     op.validate_and_infer_types()
-    elsewhere = [port for port in op.output(0).get_target_inputs() if port.get_node().get_name() not in lowered]
-    if elsewhere:
-        product = ops.convert(op.output(0), "f32").output(0)
-        for port in elsewhere:
-            port.replace_source_output(product)
+    for output in op.outputs():
+        elsewhere = [port for port in output.get_target_inputs() if port.get_node().get_name() not in lowered]
+        if elsewhere:
+            product = ops.convert(output, "f32").output(0)
+            for port in elsewhere:
+                port.replace_source_output(product)
 
 
 def _narrowed(value: Any, op: Any) -> Any:

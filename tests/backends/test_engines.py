@@ -181,6 +181,53 @@ def test_activations_between_lowered_layers_are_bf16_and_sums_behind_them_are_no
     assert 1e-5 < error(lowered["y"], truth["y"]) < 1e-2
 
 
+def attending(matching: bool = False, sharpness: float = 1.0) -> onnx.ModelProto:
+    """[n, m, 32] -> attention of two heads between layers, added to what came in. If `matching`, the values are not a
+    layer's, but what came in: coordinates, say."""
+    g = Graph(5)
+
+    def layer(x: str, scale: float = 1.0) -> str:
+        return g.node("MatMul", x, g.normal(32, 32, scale=scale * 32**-0.5))
+
+    def heads(x: str, *axes: int) -> str:
+        return g.node("Transpose", g.node("Reshape", x, g.constant(np.array([0, 0, 2, 16]))), perm=list(axes))
+
+    first = layer("x")
+    query, key = heads(layer(first, sharpness), 0, 2, 1, 3), heads(layer(first), 0, 2, 3, 1)
+    value = heads("x" if matching else layer(first), 0, 2, 1, 3)
+    logits = g.node("MatMul", g.node("Mul", query, g.constant(np.array(0.25, np.float32))), key)
+    mixed = g.node("MatMul", g.node("Softmax", logits, axis=-1), value)
+    joined = g.node("Reshape", g.node("Transpose", mixed, perm=[0, 2, 1, 3]), g.constant(np.array([0, 0, 32])))
+    g.node("Identity", layer(g.node("Add", first, layer(joined))), output="y")
+    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", "m", 32]) for name in ("x", "y")]
+    return g.model(ports[:1], ports[1:])
+
+
+@pytest.mark.parametrize(("matching", "kind"), [(False, "bf16"), (True, "f32")])
+def test_attention_between_lowered_layers_is_bf16_and_matching_is_not(
+    tmp_path: Path, matching: bool, kind: str
+) -> None:
+    model = engines._openvino().Core().read_model(str(save(attending(matching), tmp_path)))
+    assert bf16.narrow(model) == (3 if matching else 4)
+    (softmax,) = [op for op in model.get_ordered_ops() if op.get_type_name() == "Softmax"]
+    (mixed,) = softmax.output(0).get_target_inputs()
+    for op in (softmax, mixed.get_node()):
+        assert op.output(0).get_element_type().get_type_name() == kind
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 8.0, 30.0])
+def test_however_sharp_it_is_attention_in_bf16_errs_no_more_than_twice_what_layers_in_bf16_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharpness: float
+) -> None:
+    file = save(attending(sharpness=sharpness), tmp_path)
+    given = {"x": np.random.default_rng(0).standard_normal((2, 300, 32)).astype(np.float32)}
+    truth = open_engine(file, "onnxruntime", "fp32", 1).run(given)["y"]
+    whole = error(open_engine(file, "openvino", "bf16", 1).run(given)["y"], truth)
+    monkeypatch.setattr(bf16, "_BETWEEN", set())
+    layers_alone = error(open_engine(file, "openvino", "bf16", 1).run(given)["y"], truth)
+    assert 1e-5 < whole < 2 * layers_alone
+
+
 def test_the_timestep_stays_exact_in_bf16(dense: Path) -> None:
     """The plain precision hint rounds timesteps, so that neighbours become one."""
     lowered = OpenVino(dense, "bf16", 1)
