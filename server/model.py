@@ -30,7 +30,7 @@ class Model:
         self.stepping = Stepping(
             backend,
             batch_size=settings.batch_size,
-            concurrency=backend.streams if isinstance(backend, Embedded) else settings.triton_batches,
+            concurrency=_at_once(settings, backend),
             observer=self._batch,
             tracer=tracing,
         )
@@ -107,3 +107,10 @@ class Model:
         self.tally.add(kind, rows, seconds)
         if kind == "decode":  # the last part of every answer: whatever went before it worked
             self.readiness.prove()
+
+
+def _at_once(settings: Settings, backend: Backend) -> int:
+    """Batches that are worth having in flight."""
+    if isinstance(backend, Embedded):
+        return backend.streams
+    return settings.triton_batches if settings.backend == "triton" else 1
