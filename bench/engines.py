@@ -5,6 +5,7 @@
 Every engine runs alone in a process of its own, because idle thread pools of one slow the next; engines take turns, two
 blocks of forwards each at batch 1, and medians are printed. Error: root mean square of the difference from eager torch
 in fp32, relative to the output's deviation, on Gaussian inputs. "Fixed size": as with the server's setting `ratios`.
+The encoder is asked for two tasks: exported, it leaves out what matches two frames where no flow is wanted.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ import torch
 from bench.machine import describe
 from saccade.backends.engines import default_threads, has_bf16, open_engine
 from saccade.repository import Repository, find_repository
+from saccade.tasks import TaskName
 from training.backend import TorchBackend
-from training.servable import PARTS, Part
+from training.servable import Part
 
 Feeds = dict[str, np.ndarray]
 Outputs = list[np.ndarray]
@@ -34,6 +36,10 @@ Runner = Callable[[Feeds], Outputs]
 EAGER = ("torch eager", "fp32")
 FIXED = ", fixed size"
 BLOCKS, WARM_UP = 2, 5
+GRAPHS: list[tuple[Part, TaskName | None]] = [
+    ("encoder", "depth"), ("encoder", "flow"), ("denoiser", None), ("decoder", None)
+]  # fmt: skip
+"""And the task that they are asked for, where that matters."""
 
 
 def engines() -> list[tuple[str, str]]:
@@ -43,13 +49,17 @@ def engines() -> list[tuple[str, str]]:
     return [EAGER, ("onnxruntime", "fp32"), *openvino]
 
 
-def block(path: Path, part: Part, engine: tuple[str, str], edge: int, count: int) -> tuple[list[float], Outputs]:
+def block(
+    path: Path, part: Part, task: TaskName | None, engine: tuple[str, str], edge: int, count: int
+) -> tuple[list[float], Outputs]:
     """Milliseconds of `count` forwards of one graph, and what they answered. Runs in a process of its own."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     repository = Repository(path)
     backend = TorchBackend.load(repository)
     inputs = backend.servable.examples(1, edge, edge, seed=0)[part]
     feeds = {name: value.numpy() for name, value in zip(backend.servable.names[part][0], inputs, strict=True)}
+    if task is not None:
+        feeds["task"][:] = backend.card.tasks[task].label
     run = eager(backend, part) if engine == EAGER else compiled(repository, backend, part, *engine, feeds)
     for _ in range(WARM_UP):
         outputs = run(feeds)
@@ -88,19 +98,21 @@ def compiled(
     return run
 
 
-def alone(*task: object) -> tuple[list[float], Outputs]:
+def alone(*given: object) -> tuple[list[float], Outputs]:
     """`block` in a fresh process."""
     with get_context("spawn").Pool(1) as pool:
-        return pool.apply(block, task)
+        return pool.apply(block, given)
 
 
-def measure(path: Path, part: Part, edge: int, rounds: int) -> dict[tuple[str, str], tuple[float, float]]:
+def measure(
+    path: Path, part: Part, task: TaskName | None, edge: int, rounds: int
+) -> dict[tuple[str, str], tuple[float, float]]:
     """Engine -> median milliseconds, relative error."""
     times: dict[tuple[str, str], list[float]] = {engine: [] for engine in engines()}
     outputs: dict[tuple[str, str], Outputs] = {}
     for _ in range(BLOCKS):
         for engine in engines():
-            took, outputs[engine] = alone(path, part, engine, edge, -(-rounds // BLOCKS))
+            took, outputs[engine] = alone(path, part, task, engine, edge, -(-rounds // BLOCKS))
             times[engine] += took
     return {e: (statistics.median(times[e]), error(outputs[e], outputs[EAGER])) for e in engines()}
 
@@ -113,11 +125,11 @@ def bench(path: Path, edge: int, rounds: int) -> str:
     repository = Repository(path)
     card = repository.card(repository.default())
     rows = []
-    for part in PARTS:
-        found = measure(path, part, edge, rounds)
+    for part, task in GRAPHS:
+        found, asked = measure(path, part, task, edge, rounds), part if task is None else f"{part}, {task}"
         slowest = found[EAGER][0]
         for engine, (ms, off) in found.items():
-            rows.append(f"| {part} | {' '.join(engine)} | {ms:.1f} | {slowest / ms:.2f} | {off:.1e} |")
+            rows.append(f"| {asked} | {' '.join(engine)} | {ms:.1f} | {slowest / ms:.2f} | {off:.1e} |")
     return "\n".join(
         [
             f"Model {card.name} ({card.digest[:12]}), {edge} x {edge} px, batch 1, medians of {rounds} forwards.",

@@ -112,7 +112,8 @@ class Asked:
 async def answer(lane: Stepping, asked: Asked, ticket: Ticket) -> None:
     """As the pipeline does it."""
     label = np.zeros(1, np.int64)
-    ticket.plan(pixels=asked.pixels, encode=1, denoise=asked.steps * asked.members, decode=asked.members)
+    denoise = asked.steps * asked.members
+    ticket.plan(pixels=asked.pixels, encode=1, denoise=denoise, decode=asked.members, label=int(label[0]))
     picture = np.broadcast_to(np.float32(0), (1, 1, asked.edge, asked.edge))
     latent = np.broadcast_to(np.float32(0), (1, 1, asked.edge // STRIDE, asked.edge // STRIDE))
     await lane.encode(picture, picture, label, ticket)
@@ -157,7 +158,7 @@ def simulate(
 def learn(pace: Pace, seconds: dict[Kind, float]) -> None:
     """What the warm-up would have found."""
     for kind, one in seconds.items():
-        pace.saw(kind, 256**2, one)
+        pace.saw(kind, 256**2, one, label=0)
 
 
 def mixed(requests: int, share: float, seed: int, *, pace: Pace | None = None, stretch: float = 3.0) -> list[Asked]:

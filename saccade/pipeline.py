@@ -301,7 +301,8 @@ class _Run:
         """Tell the ticket what is ahead."""
         members, runs = self.options.ensemble_size, len(self.labels)
         pixels = self.fit.padded[0] * self.fit.padded[1]
-        self.ticket.plan(pixels=pixels, encode=1, denoise=members * self.options.steps * runs, decode=members * runs)
+        denoise, decode = members * self.options.steps * runs, members * runs
+        self.ticket.plan(pixels=pixels, encode=1, denoise=denoise, decode=decode, label=self.task.label)
 
     def ahead(self, denoise: int, decode: int) -> None:
         """Rows more, or fewer."""

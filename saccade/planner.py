@@ -106,7 +106,7 @@ class Planner:
             deadline = arrived + min(options.budget_ms / 1e3, longest_s)
             forecast = self.forecast(lane, card, task, resolved, shapes, deadline, decoded)
             gone_s = asyncio.get_running_loop().time() - arrived
-            flows_s = self._flows_s(forecast, card, resolved) if steadily else 0.0
+            flows_s = self._flows_s(lane, card, resolved, shapes, deadline) if steadily else 0.0
             forecast = replace(forecast, finish_s=forecast.finish_s + gone_s + reserve_s + flows_s)
         plan = dial.plan(options, card, task, forecast, self.limits)
         chosen = replace(resolved, steps=plan.steps, ensemble_size=plan.ensemble_size)
@@ -128,10 +128,10 @@ class Planner:
         """The place in the lane of a request, with all that it will ask."""
         deadline = None if spend is None else spend.deadline
         made = Ticket(deadline, client, weight, elastic=deadline is not None)
-        runs = len(card.tasks[task].labels)
+        label, runs = card.tasks[task].label, len(card.tasks[task].labels)
         steps, members = resolved.steps, resolved.ensemble_size
         for shape in shapes:
-            made.expect(backends.Plan(shape.model_px, 1, members * steps * runs, members * runs))
+            made.expect(backends.Plan(shape.model_px, 1, members * steps * runs, members * runs, label))
         return made
 
     def forecast(
@@ -146,16 +146,16 @@ class Planner:
     ) -> Forecast:
         """Of all questions: the largest one's figures, as often as there are shapes."""
         largest = max(shapes, key=lambda shape: shape.model_px)
-        pixels, count = largest.model_px, len(shapes)
+        pixels, count, label = largest.model_px, len(shapes), card.tasks[task].label
         pace, wait_s, alone = Pace(), 0.0, True
         if isinstance(lane, Lane):
-            pace, wait_s, alone = lane.pace, self._wait_s(lane, pixels, deadline), not lane.backlog_s
+            pace, wait_s, alone = lane.pace, self._wait_s(lane, pixels, label, deadline), not lane.backlog_s
         runs, at_once = len(card.tasks[task].labels), pace.batch_size * pace.concurrency
         merging, rows = _merging(resolved), max(1, at_once // runs)
         read_s = 0.0 if decoded else self.seconds(f"read {task}", sum(shape.source_px for shape in shapes))
         return Forecast(
             wait_s=wait_s,
-            encode_s=pace.batch_s("encode", pixels, alone),
+            encode_s=pace.batch_s("encode", pixels, label, alone=alone),
             step_s=pace.batch_s("denoise", pixels) * math.ceil(rows * runs / at_once) / rows,
             decode_s=pace.batch_s("decode", pixels) * runs / pace.concurrency,
             merge_s=self._learnt[merging].rate * pixels / 1e6,
@@ -163,15 +163,16 @@ class Planner:
             finish_s=read_s,
             rows=rows,
             lone_rows=pace.batch_size // runs,
-            lone_step_s=pace.batch_s("denoise", pixels, alone),
-            lone_decode_s=pace.batch_s("decode", pixels, alone),
+            lone_step_s=pace.batch_s("denoise", pixels, alone=alone),
+            lone_decode_s=pace.batch_s("decode", pixels, alone=alone),
             questions=count,
         )
 
-    def _flows_s(self, forecast: Forecast, card: Card, resolved: Resolved) -> float:
+    def _flows_s(self, lane: object, card: Card, resolved: Resolved, shapes: Sequence[Shape], deadline: float) -> float:
         """What the flows between the pictures take that steady their depths."""
         how = sequence.guide(card, resolved)
-        return replace(forecast, wait_s=0.0, finish_s=0.0, questions=forecast.questions - 1).seconds(how.steps, 1)
+        forecast = self.forecast(lane, card, "flow", how, shapes, deadline, decoded=True)
+        return replace(forecast, wait_s=0.0, questions=forecast.questions - 1).seconds(how.steps, 1)
 
     def learn(self, answer: Answer, shape: Shape) -> None:
         """From an answer's phases."""
@@ -199,9 +200,9 @@ class Planner:
     def seconds(self, kind: str, pixels: int) -> float:
         return self._learnt[kind].seconds(pixels / 1e6)
 
-    def _wait_s(self, lane: Lane, pixels: int, deadline: float) -> float:
+    def _wait_s(self, lane: Lane, pixels: int, label: int, deadline: float) -> float:
         probe = Ticket(deadline=deadline)
-        probe.plan(pixels=pixels, encode=1, denoise=1, decode=1)
+        probe.plan(pixels=pixels, encode=1, denoise=1, decode=1, label=label)
         return lane.before_s(probe)
 
 

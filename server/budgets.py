@@ -44,7 +44,8 @@ def planned(house: Service, job: Job, rows: Rows) -> Job:
 def admitted(house: Service, job: Job, cost: float, rows: Rows) -> AbstractContextManager[None]:
     """Raises Overloaded, also where its deadline would be over before one step of one member is done."""
     lane, pixels = job.model.stepping, sum(shape.model_px for shape in _shapes(job, rows))
-    return house.admission.admit(cost, lane=lane, ticket=job.ticket, least_s=lane.pace.alone_s(pixels, 1, 1))
+    least_s = lane.pace.alone_s(pixels, 1, 1, job.model.card.tasks[job.task].label)
+    return house.admission.admit(cost, lane=lane, ticket=job.ticket, least_s=least_s)
 
 
 def refusal(error: Overloaded) -> str:

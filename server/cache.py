@@ -87,17 +87,18 @@ class Remembering:
         if self._kept.limit == 0:
             return await self._lane.encode(image, prompt, task, ticket)
         key = self.card.digest, await asyncio.to_thread(_digest, image, prompt, task)
+        pixels, label = image.shape[-2] * image.shape[-1], int(task[0])
         while (other := self._coming.get(key)) is not None:
             leader, coming = other
-            if self._worth_encoding_again(image, ticket, leader):
+            encoding_s = self.pace.row_s("encode", pixels, label)
+            if self._worth_encoding_again(encoding_s, ticket, leader):
                 return await self._lane.encode(image, prompt, task, ticket)
-            encoding_s = self.pace.row_s("encode", image.shape[-2] * image.shape[-1])
             await asyncio.wait({coming}, timeout=max(LOOK_AGAIN_S, encoding_s))
             if coming.done() and (found := coming.result()) is not None:
                 self._kept.get(key)
-                return _unneeded(found, image, ticket)
+                return _unneeded(found, pixels, task, ticket)
         if (kept := self._kept.get(key)) is not None:
-            return _unneeded(kept, image, ticket)
+            return _unneeded(kept, pixels, task, ticket)
         return await self._encode(key, image, prompt, task, ticket)
 
     async def _encode(self, key: Hashable, image: Array, prompt: Array, task: Labels, ticket: Ticket) -> Conditioning:
@@ -112,13 +113,12 @@ class Remembering:
             del self._coming[key]
             coming.set_result(found)
 
-    def _worth_encoding_again(self, image: Array, ticket: Ticket, leader: Ticket) -> bool:
+    def _worth_encoding_again(self, encoding_s: float, ticket: Ticket, leader: Ticket) -> bool:
         """Whether more work of others than an encoding is served between `ticket` and `leader`, whose row waits."""
         if leader.running:
             return False
-        pixels = image.shape[-2] * image.shape[-1]
         between_s = self._lane.before_s(leader) - self._lane.before_s(ticket) - ticket.work_s(self.pace)
-        return between_s > self.pace.row_s("encode", pixels)
+        return between_s > encoding_s
 
     async def denoise(
         self, latent: Array, timestep: Labels, task: Labels, conditioning: Conditioning, ticket: Ticket
@@ -153,7 +153,8 @@ def _digest(*arrays: Array | Labels) -> str:
     return digest.hexdigest()
 
 
-def _unneeded(found: Conditioning, image: Array, ticket: Ticket) -> Conditioning:
+def _unneeded(found: Conditioning, pixels: int, task: Labels, ticket: Ticket) -> Conditioning:
     """An encoding that the ticket had planned, and that was there."""
-    ticket.plan(pixels=image.shape[-2] * image.shape[-1], encode=-len(image))
+    for label in task:
+        ticket.plan(pixels=pixels, encode=-1, label=int(label))
     return found

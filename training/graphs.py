@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade.errors import ModelError
+from training import branches
 from training.servable import Part, Servable, Size
 from training.weights import name_initializers
 
@@ -44,6 +45,7 @@ def write_onnx(
     forget_origin(graph)
     if not any(value.data_location == onnx.TensorProto.EXTERNAL for value in graph.graph.initializer):
         name_initializers(graph, module.state_dict())
+    branches.split(graph, "task")
     file.write_bytes(graph.SerializeToString())
 
 

@@ -39,9 +39,11 @@ _THROUGH = {"Add", "Subtract", "Multiply", "Divide", "Reshape", "Transpose", "Sq
 
 
 def narrow(model: Any) -> int:
-    """Edit the ov.Model in place; how many layers now multiply in bf16."""
+    """Edit the ov.Model in place, branches included; how many layers now multiply in bf16."""
     _fold(model)
     order = model.get_ordered_ops()
+    branches = [body for op in order if op.get_type_name() == "If" for body in (op.get_then_body(), op.get_else_body())]
+    within = sum(map(narrow, branches))
     picked = _downstream(order, {op.get_name() for op in order if op.get_type_name() == "NonZero"})
     layers = [op for op in order if _is_convolution(op) or _is_linear(op, op.get_name() in picked)]
     inner = _inner(order, {op.get_name() for op in layers})
@@ -50,7 +52,7 @@ def narrow(model: Any) -> int:
         if op.get_name() in lowered:
             _lower(op, lowered)
     model.validate_nodes_and_infer_types()
-    return len(inner)
+    return len(inner) + within
 
 
 def _fold(model: Any) -> None:

@@ -33,9 +33,16 @@ class Trial:
         self.noise: Array = random.standard_normal((1, latent.channels, *cells), np.float32)
         self.conditioning: Conditioning = {}
 
-    async def encode(self, ticket: Ticket) -> Conditioning:
+    @property
+    def labels(self) -> list[int]:
+        """Those that pictures are encoded with: the first of every task."""
+        card = self.backend.card
+        return sorted({task.label for task in card.tasks.values()}) or [min(card.labels)]
+
+    async def encode(self, label: int, ticket: Ticket) -> Conditioning:
         """Before any step."""
-        self.conditioning = await self.backend.encode(self.picture, self.picture, self._labels(1), ticket)
+        task = np.full(1, label, np.int64)
+        self.conditioning = await self.backend.encode(self.picture, self.picture, task, ticket)
         return self.conditioning
 
     async def step(self, rows: int, ticket: Ticket) -> Array:
@@ -52,13 +59,14 @@ class Trial:
 
     async def bytes(self, rows: int, ticket: Ticket) -> list[bytes]:
         """Of all that comes out."""
-        encoded = await self.encode(ticket)
-        found = [*encoded.values(), await self.step(rows, ticket), await self.decode(ticket)]
+        found = [value for label in self.labels for value in (await self.encode(label, ticket)).values()]
+        found += [await self.step(rows, ticket), await self.decode(ticket)]
         return [value.tobytes() for value in found]
 
 
 class WarmUp:
-    """Runs `backend` at the largest default size of its tasks, and tells `pace` what a batch of each kind takes.
+    """Runs `backend` at the largest default size of its tasks, and tells `pace` what a batch of each kind takes, of
+    encodings for every task: no first caller pays for a part of the encoder that never ran.
 
     `alike`: whether batches that are told that they are alone give the same bytes as others, at every size tried.
     """
@@ -76,7 +84,7 @@ class WarmUp:
 
     async def run(self, batch_size: int | None) -> int:
         """The batch size: the one given, or else the knee. Raises ModelError or BackendUnavailable."""
-        await self.trial.encode(Ticket())
+        await self.trial.encode(self.trial.labels[0], Ticket())
         size = batch_size or await self._knee()
         self.pace.batch_size = size
         if isinstance(self.backend, Specialising):
@@ -112,7 +120,9 @@ class WarmUp:
             await asyncio.gather(*(run(ticket) for _ in range(together)))
 
         step = partial(self.trial.step, size)
-        self.pace.saw("encode", pixels, await _fastest_s(partial(company, self.trial.encode)), alone)
+        for label in self.trial.labels:
+            encode = partial(self.trial.encode, label)
+            self.pace.saw("encode", pixels, await _fastest_s(partial(company, encode)), alone, label)
         self.pace.saw("decode", pixels, await _fastest_s(partial(company, self.trial.decode)), alone)
         self.pace.saw("denoise", pixels, await _fastest_s(partial(company, step)), alone)
 

@@ -32,6 +32,11 @@ class Row:
     work: asyncio.Task[None] | None = None
 
     @cached_property
+    def label(self) -> int | None:
+        """Of an encoding: what it costs depends on it."""
+        return int(self.feeds["task"][0]) if self.kind == "encode" else None
+
+    @cached_property
     def key(self) -> tuple[object, ...]:
         """Rows of one key may share a batch: the same graph at the same sizes."""
         return self.kind, *((name, value.shape) for name, value in self.feeds.items())
@@ -56,7 +61,7 @@ class Lines:
 
     def add(self, row: Row) -> None:
         self._lines.setdefault(id(row.ticket), deque()).append(row)
-        row.ticket.enqueue(row.kind, row.pixels)
+        row.ticket.enqueue(row.kind, row.pixels, row.label)
 
     def take(self, row: Row) -> None:
         """Out of its line, to be run."""
@@ -69,7 +74,7 @@ class Lines:
         """Out of its line, if it is still there: nobody wants it any more."""
         if row in self._lines.get(id(row.ticket), ()):
             self.take(row)
-            row.ticket.drop(row.kind, row.pixels)
+            row.ticket.drop(row.kind, row.pixels, row.label)
 
     def ready(self, steps_only: bool) -> list[Ticket]:
         """Those of which a row may run; they are told the number of their oldest row."""

@@ -234,7 +234,7 @@ class Stepping:
         self._batches.discard(task)
         self._fail(batch, BackendUnavailable("the batch was called off"))
         for row in batch:
-            row.ticket.finish(row.kind, row.pixels)
+            row.ticket.finish(row.kind, row.pixels, row.label)
             row.batch, row.work = [], None
         self._running[batch[0].kind] -= len(batch)
         self._batches_of[batch[0].kind] -= 1
@@ -316,7 +316,7 @@ class Stepping:
                     row.result.set_result({name: value[i : i + 1] for name, value in results.items()})
             seconds = self._now() - began
             if not alone or self._begun == alone_at:  # with company from the middle on it is neither
-                self.pace.saw(batch[0].kind, batch[0].pixels, seconds, alone)
+                self.pace.saw(batch[0].kind, batch[0].pixels, seconds, alone, batch[0].label)
             if self._observer is not None:
                 self._observer(batch[0].kind, len(batch), seconds)
 

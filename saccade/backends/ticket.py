@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 
 from saccade.backends.pace import Kind, Pace
 
+Like = tuple[Kind, int, int | None]
+"""What rows of one cost share: their kind, their pixels, and of encodings the label."""
+
 ELASTIC = 1 / 3
 LAST = 2**62
 
@@ -16,12 +19,13 @@ LAST = 2**62
 @dataclass(frozen=True)
 class Plan:
     """Rows of one question: `encode` pictures, `denoise` steps of all members, `decode` members; `pixels` of the
-    picture that the model is given."""
+    picture that the model is given; `label` of the task, of the encodings."""
 
     pixels: int
     encode: int = 0
     denoise: int = 0
     decode: int = 0
+    label: int | None = None
 
 
 @dataclass
@@ -38,8 +42,8 @@ class Ticket:
     `expect` and `plan` say what is ahead; rows that ran or were withdrawn are taken from it, and rows that come
     unplanned are added. `remaining_s` is then known at any time.
 
-    A backend that queues calls `enqueue`, then `start` and `finish`, or `drop` when the caller has left. `queue_s`
-    grows only while something of the request waits and nothing of it runs.
+    A backend that queues calls `enqueue`, then `start` and `finish`, or `drop` when the caller has left, of encodings
+    with the label that was planned. `queue_s` grows only while something of the request waits and nothing of it runs.
     """
 
     deadline: float | None = None
@@ -59,10 +63,10 @@ class Ticket:
     arrived: float | None = None
     turn: int = LAST
     oldest_row: int = LAST
-    _ahead: dict[tuple[Kind, int], int] = field(default_factory=dict)
+    _ahead: dict[Like, int] = field(default_factory=dict)
     _expected: deque[Plan] = field(default_factory=deque)
-    _submitted: Counter[tuple[Kind, int]] = field(default_factory=Counter)
-    _ran: Counter[tuple[Kind, int]] = field(default_factory=Counter)
+    _submitted: Counter[Like] = field(default_factory=Counter)
+    _ran: Counter[Like] = field(default_factory=Counter)
     _since: float = field(default_factory=time.perf_counter)
     _costs: tuple[Pace, int, float, float] | None = None
 
@@ -71,10 +75,12 @@ class Ticket:
         self._expected.append(plan)
         self._add(plan, 1)
 
-    def plan(self, *, pixels: int, encode: int = 0, denoise: int = 0, decode: int = 0) -> None:
+    def plan(
+        self, *, pixels: int, encode: int = 0, denoise: int = 0, decode: int = 0, label: int | None = None
+    ) -> None:
         """Rows that are ahead of this request now. What begins with an encoding takes the place of a question that was
         expected. Negative numbers take back what will not be done after all."""
-        made = Plan(pixels, encode, denoise, decode)
+        made = Plan(pixels, encode, denoise, decode, label)
         if self._expected and encode > 0:
             self._add(self._expected.popleft(), -1)
         self._add(made, 1)
@@ -89,7 +95,7 @@ class Ticket:
     @property
     def ahead(self) -> Iterator[tuple[Kind, int, int]]:
         """Kind, pixels and number of the rows that are still to be done."""
-        return ((kind, pixels, rows) for (kind, pixels), rows in self._ahead.items())
+        return ((kind, pixels, rows) for (kind, pixels, _), rows in self._ahead.items())
 
     def remaining_s(self, pace: Pace) -> float:
         """Seconds until everything is done if there were nobody else."""
@@ -102,14 +108,15 @@ class Ticket:
     def _cost(self, pace: Pace) -> tuple[float, float]:
         """Both; every ticket is asked for every batch that is made, and few have changed since."""
         if self._costs is None or self._costs[0] is not pace or self._costs[1] != pace.version:
-            work = sum(rows * pace.row_s(*key) for key, rows in self._ahead.items())
-            alone = sum(pace.rows_s(*key, rows, self.at_once) for key, rows in self._ahead.items())
+            ahead = [(*like, rows) for like, rows in self._ahead.items()]
+            work = sum(rows * pace.row_s(kind, pixels, label) for kind, pixels, label, rows in ahead)
+            alone = sum(pace.rows_s(kind, pixels, rows, self.at_once, label) for kind, pixels, label, rows in ahead)
             self._costs = pace, pace.version, work, alone
         return self._costs[2:]
 
     def ran_s(self, pace: Pace) -> float:
         """Seconds of the machine that the rows which ran have taken."""
-        return sum(rows * pace.row_s(*key) for key, rows in self._ran.items())
+        return sum(rows * pace.row_s(*like) for like, rows in self._ran.items())
 
     def left_s(self, now: float, pace: Pace) -> tuple[float, float]:
         """`work_s` and `remaining_s`, as far as an order need count on them: what is elastic takes no more than
@@ -121,22 +128,22 @@ class Ticket:
         return min(work, most), min(alone, most)
 
     def _least_s(self, pace: Pace) -> float:
-        """A row of every kind that is ahead, for each question."""
+        """A row of every kind and label that is ahead, for each question."""
         questions = max(1, len(self._expected))
-        return sum(min(rows, questions) * pace.row_s(*key) for key, rows in self._ahead.items())
+        return sum(min(rows, questions) * pace.row_s(*like) for like, rows in self._ahead.items())
 
     def _add(self, plan: Plan, sign: int) -> None:
         self._costs = None
         self.at_once = max(0, self.at_once + sign * plan.decode)
-        rows: dict[Kind, int] = {"encode": plan.encode, "denoise": plan.denoise, "decode": plan.decode}
-        for kind, count in rows.items():
-            self._count(kind, plan.pixels, sign * count)
+        self._count(("encode", plan.pixels, plan.label), sign * plan.encode)
+        self._count(("denoise", plan.pixels, None), sign * plan.denoise)
+        self._count(("decode", plan.pixels, None), sign * plan.decode)
 
-    def _count(self, kind: Kind, pixels: int, change: int) -> None:
+    def _count(self, like: Like, change: int) -> None:
         self._costs = None
-        left = self._ahead.pop((kind, pixels), 0) + change
+        left = self._ahead.pop(like, 0) + change
         if left > 0:
-            self._ahead[kind, pixels] = left
+            self._ahead[like] = left
 
     def _tick(self) -> None:
         now = time.perf_counter()
@@ -144,29 +151,31 @@ class Ticket:
             self.queue_s += now - self._since
         self._since = now
 
-    def enqueue(self, kind: Kind, pixels: int) -> None:
+    def enqueue(self, kind: Kind, pixels: int, label: int | None = None) -> None:
+        like = kind, pixels, label
         self._tick()
         self.waiting += 1
-        self._submitted[kind, pixels] += 1
-        unplanned = self._submitted[kind, pixels] - self._ahead.get((kind, pixels), 0)
-        self._count(kind, pixels, max(0, unplanned))
+        self._submitted[like] += 1
+        unplanned = self._submitted[like] - self._ahead.get(like, 0)
+        self._count(like, max(0, unplanned))
 
     def start(self) -> None:
         self._tick()
         self.waiting -= 1
         self.running += 1
 
-    def finish(self, kind: Kind, pixels: int) -> None:
+    def finish(self, kind: Kind, pixels: int, label: int | None = None) -> None:
+        like = kind, pixels, label
         self._tick()
         self.running -= 1
-        self._ran[kind, pixels] += 1
-        self._ended(kind, pixels)
+        self._ran[like] += 1
+        self._ended(like)
 
-    def drop(self, kind: Kind, pixels: int) -> None:
+    def drop(self, kind: Kind, pixels: int, label: int | None = None) -> None:
         self._tick()
         self.waiting -= 1
-        self._ended(kind, pixels)
+        self._ended((kind, pixels, label))
 
-    def _ended(self, kind: Kind, pixels: int) -> None:
-        self._submitted[kind, pixels] -= 1
-        self._count(kind, pixels, -1)
+    def _ended(self, like: Like) -> None:
+        self._submitted[like] -= 1
+        self._count(like, -1)

@@ -81,6 +81,43 @@ def test_what_runs_alone_is_known_apart_once_it_was_seen() -> None:
     assert pace.alone_s(100, 10, 2) == pytest.approx(0.5 + 10 * 1.0 + 0.1)
 
 
+def test_encodings_of_two_labels_are_kept_apart() -> None:
+    pace = Pace(concurrency=2)
+    for _ in range(5):
+        pace.saw("encode", 100, 0.2, label=0)
+    for _ in range(9):
+        pace.saw("encode", 100, 0.8, label=1)
+    assert [pace.batch_s("encode", 100, label) for label in (0, 1)] == [0.2, 0.8]
+    assert [pace.row_s("encode", 100, label) for label in (0, 1)] == [0.1, 0.4]
+    pace.saw("encode", 100, 0.1, alone=True, label=0)
+    assert [pace.batch_s("encode", 100, label, alone=True) for label in (0, 1)] == [0.1, 0.8]
+    pace.saw("encode", 200, 1.0, label=0)
+    assert [pace.batch_s("encode", 150, label) for label in (0, 1)] == pytest.approx([0.6, 1.2])
+    assert pace.alone_s(100, 0, 0, 0) < pace.alone_s(100, 0, 0, 1)
+    assert pace.work_s(100, 1, 1, 1) - pace.work_s(100, 1, 1, 0) == pytest.approx(0.3)
+
+
+def test_a_label_that_was_not_seen_takes_what_the_slowest_takes() -> None:
+    pace = Pace()
+    guess = pace.batch_s("encode", 100, 7)
+    assert guess == pace.batch_s("encode", 100) > 0
+    pace.saw("encode", 100, 0.2, label=0)
+    assert pace.batch_s("encode", 100, 7) == 0.2
+    pace.saw("encode", 100, 0.8, label=1)
+    assert pace.batch_s("encode", 100, 7) == pace.batch_s("encode", 100) == 0.8
+    pace.saw("encode", 100, 0.1, label=7)
+    assert pace.batch_s("encode", 100, 7) == 0.1
+
+
+def test_steps_and_decodings_ignore_labels() -> None:
+    pace = seen()
+    pace.saw("denoise", 400, 8.0, label=3)
+    pace.saw("decode", 400, 0.9, label=3)
+    assert [pace.batch_s("denoise", 400, label) for label in (None, 3, 5)] == [8.0] * 3
+    assert [pace.batch_s("decode", 400, label) for label in (None, 3, 5)] == [0.9] * 3
+    assert pace.batch_s("denoise", 100, 3) == 1.0
+
+
 @pytest.mark.parametrize(
     ("batch_size", "concurrency", "alone_s", "work_s"),
     [(1, 1, 0.5 + 30 + 0.5, 0.5 + 30 + 0.5), (4, 1, 0.5 + 12 + 0.5, 0.5 + 7.5 + 0.5), (4, 2, 0.5 + 6 + 0.3, 4.25)],
@@ -124,6 +161,24 @@ def test_rows_that_nobody_planned_are_ahead_while_they_wait() -> None:
     ticket.finish("denoise", 100)
     ticket.drop("denoise", 100)
     ticket.drop("denoise", 100)
+    assert rows(ticket) == {}
+
+
+def test_encodings_that_were_planned_are_found_by_their_label() -> None:
+    pace, ticket = Pace(), Ticket()
+    pace.saw("encode", 100, 0.2, label=0)
+    pace.saw("encode", 100, 0.8, label=1)
+    ticket.expect(Plan(100, encode=1, denoise=4, decode=2, label=0))
+    ticket.plan(pixels=100, encode=1, label=0)
+    ticket.plan(pixels=100, encode=1, label=1)
+    assert ticket.work_s(pace) == ticket.remaining_s(pace) == pytest.approx(1.0)
+    ticket.enqueue("encode", 100, 1)
+    assert ticket.work_s(pace) == pytest.approx(1.0)
+    ticket.start()
+    ticket.finish("encode", 100, 1)
+    assert ticket.work_s(pace) == pytest.approx(0.2)
+    assert ticket.ran_s(pace) == pytest.approx(0.8)
+    ticket.plan(pixels=100, encode=-1, label=0)
     assert rows(ticket) == {}
 
 

@@ -15,8 +15,12 @@ from saccade.backends import Ticket
 from saccade.backends.order import FirstCome, RoundRobin
 from saccade.backends.stepping import Stepping
 from saccade.errors import BackendUnavailable, ModelError
+from saccade.fit import Fit
+from saccade.pipeline import Inputs, Options, _Run
+from saccade.planner import Planner, Shape
+from saccade.tasks import TaskName
 from tests.backends.recorder import Recorder
-from tests.toy import CONDITIONING, LATENT
+from tests.toy import CONDITIONING, LABELS, LATENT
 
 
 def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -290,7 +294,7 @@ def test_what_gets_company_from_the_middle_on_teaches_nothing_of_either(toy_repo
         first = step(lane, 1)
         await asyncio.sleep(later_s)
         await asyncio.gather(first, step(lane, 2))
-        return float(np.mean(list(lane.pace._seen["denoise", True][16 * 16])))
+        return float(np.mean(list(lane.pace._seen["denoise", None, True][16 * 16])))
 
     assert in_virtual_time(main(0.5)) == 5.0
     assert in_virtual_time(main(1.5)) == pytest.approx((5 + 1 + 1) / 3)
@@ -392,6 +396,105 @@ def test_a_given_batch_size_is_kept_and_warmed_up(toy_repository: Path) -> None:
         await lane.start()
         assert lane.batch_size == 3
         assert {size for kind, size in backend.ran if kind == "denoise"} == {3}
+
+    run(main())
+
+
+class Uneven(Recorder):
+    """Encodes a flow in 39 ms and other pictures in 15; takes one for whatever else."""
+
+    flow_s: float = 0.039
+
+    async def encode(self, image: Any, prompt: Any, task: Any, ticket: Ticket) -> Any:
+        await asyncio.sleep(self.flow_s if task[0] == LABELS["flow"] else 0.015)
+        return await super().encode(image, prompt, task, ticket)
+
+    async def run(self, kind: str, rows: Any, ticket: Ticket) -> None:
+        await asyncio.sleep(0 if kind == "encode" else 1e-3)
+        await super().run(kind, rows, ticket)
+
+
+@pytest.mark.parametrize("concurrency", [1, 2])
+def test_what_encoding_takes_is_measured_for_every_task(toy_repository: Path, concurrency: int) -> None:
+    async def main() -> None:
+        lane = Stepping(Uneven.of(toy_repository), batch_size=1, concurrency=concurrency)
+        await lane.start()
+        for alone in (False, concurrency > 1):
+            took = {task: lane.pace.batch_s("encode", 64 * 64, label, alone=alone) for task, label in LABELS.items()}
+            assert took == pytest.approx({"depth": 0.015, "amodal": 0.015, "flow": 0.039})
+
+    in_virtual_time(main())
+
+
+def test_a_model_without_tasks_is_measured_by_its_lowest_label(toy_repository: Path) -> None:
+    async def main() -> None:
+        backend = Recorder.of(toy_repository)
+        backend.card = backend.card.model_copy(update={"tasks": {}, "classes": 3})
+        lane = Stepping(backend, batch_size=1)
+        await lane.start()
+        assert {label for kind, label, _ in lane.pace._seen if kind == "encode"} == {0}
+
+    run(main())
+
+
+@pytest.mark.parametrize("task", LABELS)
+def test_bytes_that_differ_alone_in_one_tasks_encoding_are_noticed(toy_repository: Path, task: TaskName) -> None:
+    class Fickle(Recorder):
+        async def encode(self, image: Any, prompt: Any, label: Any, ticket: Ticket) -> Any:
+            seen = await super().encode(image, prompt, label, ticket)
+            differs = ticket.alone and label[0] == LABELS[task]
+            return {name: value + np.float32(differs) for name, value in seen.items()}
+
+    async def main() -> bool:
+        lane = Stepping(Fickle.of(toy_repository), batch_size=1, concurrency=2)
+        await lane.start()
+        return lane._tells_alone
+
+    assert not run(main())
+
+
+def test_slow_encodings_of_flow_change_nothing_for_depth(toy_repository: Path) -> None:
+    async def main() -> None:
+        backend = Uneven.of(toy_repository)
+        lane, shapes = Stepping(backend, batch_size=1), [Shape(64 * 64, 64 * 64)]
+        await lane.start()
+        planner, card = Planner(), lane.card
+
+        def expected(task: TaskName) -> tuple[float, float]:
+            """Forecast of the encoding, and of the whole request as its ticket has it."""
+            resolved = Options().resolve(card, task)
+            ticket = planner.ticket(card, task, resolved, None, shapes)
+            return planner.forecast(lane, card, task, resolved, shapes, 60.0).encode_s, ticket.remaining_s(lane.pace)
+
+        depth, amodal, flow = expected("depth"), expected("amodal"), expected("flow")
+        assert (depth[0], flow[0]) == pytest.approx((0.015, 0.039))
+        backend.flow_s = 0.5
+        picture, label = np.zeros((1, 3, 64, 64), np.float32), np.full(1, LABELS["flow"], np.int64)
+        for _ in range(9):
+            await lane.encode(picture, picture, label, Ticket())
+        assert expected("flow")[0] == pytest.approx(0.5)
+        assert expected("flow")[1] - flow[1] == pytest.approx(0.5 - 0.039, abs=1e-3)
+        assert expected("depth") == pytest.approx(depth)
+        assert expected("amodal") == pytest.approx(amodal)
+
+    in_virtual_time(main())
+
+
+def test_an_encoding_is_asked_for_as_it_was_planned(toy_repository: Path) -> None:
+    async def main() -> None:
+        lane = Stepping(Recorder.of(toy_repository), batch_size=1)
+        picture, resolved = np.zeros((64, 64, 3), np.uint8), Options().resolve(lane.card, "depth")
+        ticket = Planner().ticket(lane.card, "depth", resolved, None, [Shape(64 * 64, 64 * 64)])
+        question = _Run(lane, Inputs("depth", picture), resolved, Fit.plan((64, 64), 64, 16), ticket)
+        question.plan()
+        planned = list(ticket.ahead)
+        encoding = asyncio.create_task(question.encode())
+        while not ticket.running:
+            await asyncio.sleep(0)
+        assert sorted(ticket.ahead) == sorted(planned)
+        await encoding
+        await settle()
+        assert [row for row in planned if row[0] != "encode"] == list(ticket.ahead)
 
     run(main())
 

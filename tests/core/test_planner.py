@@ -143,6 +143,17 @@ def test_flows_two_runs_fill_batches_as_they_can(batch_size: int, side_by_side: 
     assert made.step_s * made.rows == pytest.approx(0.010 if batch_size > 1 else 0.020)
 
 
+def test_flows_that_steady_a_depth_take_what_flows_take() -> None:
+    def flows_s(encoding_s: float) -> float:
+        known, pace = card(), paced()
+        pace.saw("encode", PIXELS, 0.005, label=known.tasks["depth"].label)
+        pace.saw("encode", PIXELS, encoding_s, label=known.tasks["flow"].label)
+        resolved = Options().resolve(known, "depth")
+        return Planner()._flows_s(Lane(pace=pace), known, resolved, [SMALL] * 3, 60.0)
+
+    assert flows_s(0.105) - flows_s(0.005) == pytest.approx(2 * 0.1)
+
+
 def test_a_single_slow_one_teaches_little() -> None:
     learnt = Learnt()
     for _ in range(8):

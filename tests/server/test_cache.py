@@ -168,6 +168,24 @@ def test_who_comes_first_waits_for_nobody_who_comes_later() -> None:
     asyncio.run(tell())
 
 
+def test_what_was_there_is_taken_back_by_its_label() -> None:
+    class Lane:
+        card, pace = SimpleNamespace(digest="x"), Pace()
+
+        async def encode(self, image: Array, prompt: Array, task: Labels, ticket: Ticket) -> Conditioning:
+            return {"seen": image}
+
+    async def tell() -> None:
+        lane, ticket = Remembering(Lane(), 2**20), Ticket()  # type: ignore[arg-type]
+        picture, label = np.zeros((1, 3, 8, 8), np.float32), np.ones(1, np.int64)
+        await lane.encode(picture, picture, label, Ticket())
+        ticket.plan(pixels=64, encode=1, label=1)
+        await lane.encode(picture, picture, label, ticket)
+        assert not list(ticket.ahead)
+
+    asyncio.run(tell())
+
+
 def test_failures_are_not_kept(backend: Backend) -> None:
     async def tell(house: House) -> None:
         counting.error = ModelError("broken")

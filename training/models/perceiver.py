@@ -262,11 +262,15 @@ class Encoder(nn.Module):
             nn.init.zeros_(head.weight)
 
     def forward(self, image: Tensor, prompt: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
-        """A batch of mixed tasks: every hint is computed, each sample keeps its own."""
+        """A batch of mixed tasks: every hint is computed, each sample keeps its own. An exported graph does not compute
+        what no sample keeps (`training.branches`)."""
         seen = self.stem(image)
         moved, cues, _ = self.matcher((image, prompt), seen, self.stem(prompt))
         flow, amodal = ((task == TASKS.index(name))[:, None, None, None] for name in ("flow", "amodal"))
-        return self.think(seen, moved * flow + self.shape(prompt) * amodal, cues * flow, task)
+        nothing = torch.zeros_like(seen[1])
+        hint = torch.where(flow, moved, torch.where(amodal, self.shape(prompt), nothing))
+        cues = torch.where(flow, cues, nothing[:, :1].expand(-1, Matcher.CUES, -1, -1))
+        return self.think(seen, hint, cues, task)
 
     def of_task(self, image: Tensor, prompt: Tensor, task: str) -> tuple[Tensor, Tensor, Motion | None]:
         """A batch of one task, without the other tasks' work; for flow also what the matcher found. For training."""
