@@ -20,7 +20,7 @@ WORTHWHILE = 4
 def split(model: onnx.ModelProto, chooser: str) -> int:
     """Edit the graph in place: how many branches it has now, each for one condition on the input `chooser` [B].
 
-    Of a `Where` that becomes part of a branch, the third input must have the shape of the result.
+    Of a `Where` that becomes part of a branch, the third input must have the shape of the result, which is float32.
     """
     graph, made = model.graph, 0
     masks = set(_decided(graph, chooser))
@@ -28,7 +28,7 @@ def split(model: onnx.ModelProto, chooser: str) -> int:
         if mask not in masks:
             continue
         wheres = [node for node in graph.node if node.op_type == "Where" and node.input[0] == mask]
-        work = _only_for(graph, wheres)
+        work = _only_for(graph, wheres) if _apart(graph, wheres) else []
         if sum(node.op_type in HEAVY for node in work) >= WORTHWHILE:
             _branch(graph, mask, wheres, work)
             made += 1
@@ -47,6 +47,18 @@ def _decided(graph: onnx.GraphProto, chooser: str) -> Iterator[str]:
         elif known.intersection(node.input) and known | constant >= set(node.input):
             known.update(node.output)
             yield from node.output
+
+
+def _apart(graph: onnx.GraphProto, wheres: list[NodeProto]) -> bool:
+    """Whether none of `wheres` follows from another: only then can one branch hold them all."""
+    chosen = {output for node in wheres for output in node.output}
+    reached = set(chosen)
+    for node in graph.node:
+        if reached & _inputs(node):
+            if chosen.intersection(node.output):
+                return False
+            reached.update(node.output)
+    return True
 
 
 def _only_for(graph: onnx.GraphProto, wheres: list[NodeProto]) -> list[NodeProto]:

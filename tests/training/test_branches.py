@@ -96,3 +96,18 @@ def test_choices_by_anything_else_are_left_alone() -> None:
     before = model.SerializeToString()
     assert branches.split(model, "timestep") == 0
     assert model.SerializeToString() == before
+
+
+def test_choices_that_follow_from_one_another_are_left_alone() -> None:
+    g = Graph(3)
+    mask = g.node("Unsqueeze", g.node("Equal", "task", g.constant(np.array(1))), g.constant(np.array([1])))
+    made = "x"
+    for _ in range(2):
+        deep = made
+        for _ in range(DEEP):
+            deep = g.node("MatMul", deep, g.normal(8, 8))
+        made = g.node("Where", mask, deep, made)
+    g.node("Identity", made, output="y")
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 8]) for name in ("x", "y"))
+    model = g.model([x, helper.make_tensor_value_info("task", TensorProto.INT64, ["n"])], [y])
+    assert branches.split(model, "task") == 0
