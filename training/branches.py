@@ -20,31 +20,33 @@ WORTHWHILE = 4
 def split(model: onnx.ModelProto, chooser: str) -> int:
     """Edit the graph in place: how many branches it has now, each for one condition on the input `chooser` [B].
 
-    Of a `Where` that becomes part of a branch, the third input must have the shape of the result, which is float32.
+    Of a `Where` that becomes part of a branch, the third input must have the shape of the result, which is float32; one
+    with a constant there is left alone.
     """
     graph, made = model.graph, 0
-    masks = set(_decided(graph, chooser))
+    masks, constant = set(_decided(graph, chooser)), _constant(graph)
     for mask in dict.fromkeys(node.input[0] for node in graph.node if node.op_type == "Where"):
         if mask not in masks:
             continue
         wheres = [node for node in graph.node if node.op_type == "Where" and node.input[0] == mask]
+        wheres = [node for node in wheres if node.input[2] not in constant]
         work = _only_for(graph, wheres) if _apart(graph, wheres) else []
         if sum(node.op_type in HEAVY for node in work) >= WORTHWHILE:
             _branch(graph, mask, wheres, work)
             made += 1
-    if made:
-        onnx.checker.check_model(model)
     return made
+
+
+def _constant(graph: onnx.GraphProto) -> set[str]:
+    made = {output for node in graph.node if node.op_type == "Constant" for output in node.output}
+    return made | {value.name for value in graph.initializer}
 
 
 def _decided(graph: onnx.GraphProto, chooser: str) -> Iterator[str]:
     """What follows from `chooser` and constants alone."""
-    constant = {value.name for value in graph.initializer}
-    known = {chooser}
+    constant, known = _constant(graph), {chooser}
     for node in graph.node:
-        if node.op_type == "Constant":
-            constant.update(node.output)
-        elif known.intersection(node.input) and known | constant >= set(node.input):
+        if known.intersection(node.input) and known | constant >= set(node.input):
             known.update(node.output)
             yield from node.output
 
@@ -104,7 +106,7 @@ def _branch(graph: onnx.GraphProto, mask: str, wheres: list[NodeProto], work: li
     )
     gone = {id(node) for node in (*work, *wheres)}
     kept = [node for node in graph.node if id(node) not in gone]
-    nodes = _in_order(graph, [*kept, *_any(mask), branch])
+    nodes = _in_order([*kept, *_any(mask), branch])
     del graph.node[:]
     graph.node.extend(nodes)
 
@@ -122,10 +124,12 @@ def _floats(nodes: list[NodeProto]) -> list[onnx.ValueInfoProto]:
     return [helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, None) for node in nodes]
 
 
-def _in_order(graph: onnx.GraphProto, nodes: list[NodeProto]) -> list[NodeProto]:
+def _in_order(nodes: list[NodeProto]) -> list[NodeProto]:
     """Every node behind those whose outputs it needs, and else as they were."""
     made = {output for node in nodes for output in node.output}
-    ready, sorted_, waiting = {""}, [], nodes
+    ready: set[str] = set()
+    sorted_: list[NodeProto] = []
+    waiting = nodes
     while waiting:
         later = []
         for node in waiting:
@@ -134,5 +138,7 @@ def _in_order(graph: onnx.GraphProto, nodes: list[NodeProto]) -> list[NodeProto]
                 ready.update(node.output)
             else:
                 later.append(node)
+        if len(later) == len(waiting):
+            raise ValueError("nodes that need each other's outputs")
         waiting = later
     return sorted_

@@ -15,8 +15,10 @@ logits; unfolded, neither is seen for what it is. And what lies between linear l
 - SiLU, GELU, a gate's product, a bias: the next layer would round it anyway, and without converts around it OpenVINO
   computes it inside the layer's kernel, in fp32, and rounds once;
 - attention: queries, keys and values bear the rounding of the layer that made them already, and the layer behind rounds
-  what they come to. OpenVINO fuses both products and the softmax, with logits and sums in fp32; so logits err no more
-  than twice as much (`docs/roof.md`).
+  what they come to. OpenVINO fuses both products and the softmax, with logits and sums in fp32 (`docs/roof.md` has the
+  errors, by the size of the logits).
+
+The first and last layers of a branch (`If`) stay fp32 as those of a graph do.
 
 `Convert` in OpenVINO 2026 adds half a unit to odd mantissas only, so it shrinks values by 0.14% on average, and that
 adds up over layers. So weights are rounded to nearest here, and a convolution's input by Veltkamp's splitting (2.4% ->
@@ -31,6 +33,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+LARGEST = np.float32((2 - 2**-7) * 2.0**127)
+"""That bf16 can hold."""
 _ATTENTION = {"MatMul", "Softmax"}
 _MOVES = {"Reshape", "Slice", "Split", "Squeeze", "StridedSlice", "Transpose", "Unsqueeze", "VariadicSplit"}
 _BETWEEN = {"Add", "Gelu", "Multiply", "Sigmoid", "Swish"} | _ATTENTION | _MOVES
@@ -114,7 +118,8 @@ def _inner(order: list[Any], layers: set[str]) -> set[str]:
 def _between(order: list[Any], layers: set[str]) -> set[str]:
     """Activations, products, biases and attention whose values come from `layers` alone, and go to `layers` alone."""
     passing = [op for op in order if op.get_type_name() in _BETWEEN and op.get_name() not in layers]
-    around = {op.get_name(): _sources(op) | _consumers(op) for op in passing if not _has_weights(op)}
+    passing = [op for op in passing if not _has_weights(op) and (op.get_type_name() != "Softmax" or _attends(op))]
+    around = {op.get_name(): _sources(op) | _consumers(op) for op in passing}
     found = set(around)
     while strays := {name for name in found if not around[name] <= found | layers}:
         found -= strays
@@ -124,6 +129,15 @@ def _between(order: list[Any], layers: set[str]) -> set[str]:
 def _has_weights(op: Any) -> bool:
     """Whether it is a product that was not lowered for a layer, as that of a router or with a grid of coordinates."""
     return op.get_type_name() == "MatMul" and any(map(_is_constant, op.input_values()))
+
+
+def _attends(softmax: Any) -> bool:
+    """Whether it is between two products of activations; a gate's or a router's is not."""
+    before = softmax.input_value(0).get_node()
+    while before.get_type_name() in {"Add", "Multiply"} | _MOVES:
+        before = before.input_value(0).get_node()
+    behind = [consumer.get_node() for consumer in softmax.output(0).get_target_inputs()]
+    return all(op.get_type_name() == "MatMul" and not _has_weights(op) for op in (before, *behind))
 
 
 def _sources(op: Any) -> set[str]:
@@ -179,7 +193,9 @@ def _split(value: Any) -> Any:
 
 
 def nearest(weight: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The nearest numbers that bf16 can hold, ties to even, as float32; a scalar as one of [1]."""
+    """The nearest numbers that bf16 can hold, ties to even, as float32; a scalar as one of [1]. Finite ones stay so:
+    masks hold the least number of fp32."""
+    weight = np.where(np.isfinite(weight), np.clip(weight, -LARGEST, LARGEST), weight)
     bits = np.ascontiguousarray(weight, np.float32).view(np.uint32)
     rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
     return (rounded & np.uint32(0xFFFF0000)).view(np.float32)

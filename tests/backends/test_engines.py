@@ -215,6 +215,27 @@ def test_attention_between_lowered_layers_is_bf16_and_matching_is_not(
         assert op.output(0).get_element_type().get_type_name() == kind
 
 
+def test_a_softmax_that_is_no_attention_stays_fp32(tmp_path: Path) -> None:
+    """Of gates that are cut from a fused layer."""
+    g = Graph(5)
+
+    def layer(x: str) -> str:
+        return g.node("MatMul", x, g.normal(32, 32, scale=32**-0.5))
+
+    fused = layer(layer("x"))
+    parts = [
+        g.node("Slice", fused, *(g.constant(np.array([value])) for value in (begin, begin + 16, 2)))
+        for begin in (0, 16)
+    ]  # fmt: skip
+    gated = g.node("Mul", g.node("Softmax", parts[0], axis=-1), parts[1])
+    g.node("Identity", layer(layer(g.node("Concat", gated, gated, axis=-1))), output="y")
+    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", "m", 32]) for name in ("x", "y")]
+    model = engines._openvino().Core().read_model(str(save(g.model(ports[:1], ports[1:]), tmp_path)))
+    assert bf16.narrow(model) == 2
+    (softmax,) = [op for op in model.get_ordered_ops() if op.get_type_name() == "Softmax"]
+    assert softmax.output(0).get_element_type().get_type_name() == "f32"
+
+
 @pytest.mark.parametrize("sharpness", [1.0, 8.0, 30.0])
 def test_however_sharp_it_is_attention_in_bf16_errs_no_more_than_twice_what_layers_in_bf16_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharpness: float
@@ -268,6 +289,8 @@ def test_rounding_to_bf16_is_to_nearest_even() -> None:
     expected = np.array([1, 1, 1 + step, 1 + step * 2, -1, 0, 3e38], np.float32)
     assert np.allclose(bf16.nearest(values), expected, rtol=2**-9, atol=0)
     assert np.array_equal(bf16.nearest(values)[:6], expected[:6])
+    ends = np.array([np.finfo(np.float32).min, -np.inf, np.inf], np.float32)
+    assert np.array_equal(bf16.nearest(ends), [-bf16.LARGEST, -np.inf, np.inf])
 
 
 @BOTH

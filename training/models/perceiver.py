@@ -263,7 +263,7 @@ class Encoder(nn.Module):
 
     def forward(self, image: Tensor, prompt: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
         """A batch of mixed tasks: every hint is computed, each sample keeps its own. An exported graph does not compute
-        what no sample keeps (`training.branches`)."""
+        what no sample keeps, where that is much (`training.branches`)."""
         seen = self.stem(image)
         moved, cues, _ = self.matcher((image, prompt), seen, self.stem(prompt))
         flow, amodal = ((task == TASKS.index(name))[:, None, None, None] for name in ("flow", "amodal"))
