@@ -5,7 +5,7 @@ it in the timestep's sinusoids. Here linear layers and convolutions multiply in 
 are fp32 inside the kernels, and the residual stream, norms and all else stay fp32. So do
 
 - layers without a token axis (rank 2: timestep embedding and adaLN modulation), unless experts picked the tokens;
-- products of two activations that are not attention between such layers (matching): their operands may be coordinates;
+- products of two activations that do not lie between such layers alone (matching): their operands may be coordinates;
 - routers (a layer whose output goes to a softmax or top-k): rounding would flip choices;
 - the first and last layers on every path: they see raw inputs, make raw outputs, and cost little.
 
