@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import struct
+import threading
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -98,6 +99,26 @@ def test_a_png_comes_as_small_as_pillows() -> None:
     out = io.BytesIO()
     Image.fromarray(levels).save(out, "PNG")
     assert len(write_png(levels)) < 1.05 * len(out.getvalue())
+
+
+def test_every_thread_writes_the_same_bytes() -> None:
+    """Deflate that lets the address of a thread's stack into its hashes gives a few of these other bytes."""
+    random = np.random.default_rng(0)
+    pictures = [np.tile(random.integers(0, 2**16, (1, 3), np.uint16), (8, 20)) for _ in range(100)]
+    wanted, found, done = [write_png(levels) for levels in pictures], [], threading.Event()
+
+    def write() -> None:
+        found.append([write_png(levels) for levels in pictures])
+        done.wait()  # a stack of its own for each
+
+    threads = [threading.Thread(target=write) for _ in range(200)]
+    for thread in threads:
+        thread.start()
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert len(found) == len(threads)
+    assert [writes for writes in found if writes != wanted] == []
 
 
 @pytest.mark.parametrize("filters", [8, 16, 32, 64, 128, 248])
