@@ -11,7 +11,10 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
+from onnx_ir.passes import common as passes
+from onnxscript.optimizer import fold_constants_ir
 from torch import Tensor, nn
 
 from saccade.errors import ModelError
@@ -36,17 +39,37 @@ def write_onnx(
     names, outputs = servable.names[part]
     external = _bytes(module) > external_above
     with torch.no_grad(), _quietly():
-        torch.onnx.export(
-            module, servable.examples(2, 96, 128, 0)[part], str(file), input_names=names, output_names=outputs,
-            dynamic_shapes=servable.dynamic_shapes(largest_batch)[part], dynamo=True, external_data=external,
-            opset_version=OPSET, optimize=True, verbose=False,
+        program = torch.onnx.export(
+            module, servable.examples(2, 96, 128, 0)[part], input_names=names, output_names=outputs,
+            dynamic_shapes=servable.dynamic_shapes(largest_batch)[part], dynamo=True, opset_version=OPSET,
+            optimize=False, verbose=False,
         )  # fmt: skip
+        assert program is not None
+        _simplify(program.model)
+        program.save(file, external_data=external)
     graph = onnx.load(file, load_external_data=False)
     forget_origin(graph)
     if not any(value.data_location == onnx.TensorProto.EXTERNAL for value in graph.graph.initializer):
         name_initializers(graph, module.state_dict())
     branches.split(graph, "task")
     file.write_bytes(graph.SerializeToString())
+
+
+def _simplify(model: ir.Model) -> None:
+    """In place: the exporter's own optimisation without onnxscript's rewriting rules, which take a third of an export
+    and spare one node of a hundred."""
+    fold_constants_ir(model, onnx_shape_inference=True)
+    for simplify in (
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedFunctionsPass(),
+        passes.RemoveUnusedOpsetsPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.DeduplicateInitializersPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.OutputFixPass(),
+        passes.NameFixPass(),
+    ):
+        simplify(model)
 
 
 @contextmanager
@@ -102,7 +125,7 @@ def verify(servable: Servable, part: Part, file: Path) -> None:
 
 def disagreement(servable: Servable, part: Part, file: Path | Any, size: Size, seed: int | None = None) -> float:
     """Error of a file (or of what `_runner` made of it) against eager torch, relative to the output's deviation; NaN
-    stays.
+    stays, and outputs of other shapes are infinitely wrong.
 
     A root mean square over each sample, the worst one's: where the tracker is misled, it carries rounding far at single
     places, and the order of additions is an engine's own.
@@ -112,6 +135,8 @@ def disagreement(servable: Servable, part: Part, file: Path | Any, size: Size, s
     with torch.no_grad():
         theirs, ours = (_outputs(answer) for answer in (run(inputs), servable.module(part)(*inputs)))
     pairs = list(zip(theirs, ours, strict=True))
+    if any(a.shape != b.shape for a, b in pairs):
+        return float("inf")
     errors = [np.sqrt(np.square(a - b).reshape(len(b), -1).mean(1).max()) / (b.std() + 1e-6) for a, b in pairs]
     return float(np.max(errors))
 

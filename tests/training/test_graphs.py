@@ -85,6 +85,15 @@ def facts(**more: Any) -> dict[str, Any]:
     }
 
 
+def test_an_answer_of_another_shape_is_no_agreement() -> None:
+    """NumPy would have compared them all the same."""
+    model = servable()
+
+    size = 3, 16, 32
+    assert disagreement(model, "denoiser", lambda inputs: model.denoiser(*inputs), size) == 0
+    assert disagreement(model, "denoiser", lambda inputs: model.denoiser(*inputs)[:1], size) == float("inf")
+
+
 @pytest.fixture(scope="module")
 def beside(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Card]:
     """Exported with the denoiser's weights beside its graph, as if they were too many."""
