@@ -163,8 +163,9 @@ class Local:
             None if mask is None else read_mask(to_bytes(mask, "mask"), max_pixels=limit),
         )
         (answer,) = self._run(self._seen([inputs], wanted, began, known=known))
+        painted = answer.completed  # now: what it is made of is larger
         total_ms = (time.perf_counter() - began) * 1e3
-        return replace(answer, timings_ms={**answer.timings_ms, "total": total_ms})
+        return replace(answer, painting=painted, timings_ms={**answer.timings_ms, "total": total_ms})
 
     def _ask_all(
         self,

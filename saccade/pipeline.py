@@ -142,20 +142,25 @@ class Answer:
 
     `prediction`: depth [H, W] float32 in [0, 1], 0 nearest, or in metres where `metres` says how; flow [H, W, 2]
     float32 in pixels of the map's own size; amodal [H, W] bool, the whole object. `uncertainty`: [H, W] float32 or
-    None. `completed`: for amodal the whole object, [H, W, 4] uint8 RGBA: the picture's own pixels where it is visible,
-    the model's where it is hidden.
+    None. `painting`: for amodal the whole object, or what paints it once somebody asks for it as `completed`.
     """
 
     task: TaskName
     prediction: NDArray[np.float32] | Mask
     uncertainty: Array | None
-    completed: Picture | None
+    painting: Picture | Callable[[], Picture | None] | None
     options: Resolved
     model: str
     digest: str
     timings_ms: dict[str, float] = field(default_factory=dict)
     metres: Metres | None = None
     plan: dial.Plan | None = None
+
+    @cached_property
+    def completed(self) -> Picture | None:
+        """The whole object, [H, W, 4] uint8 RGBA: the picture's own pixels where it is visible, the model's where it is
+        hidden. None for other tasks, and for models that paint none."""
+        return self.painting() if callable(self.painting) else self.painting
 
     @property
     def units(self) -> str:
@@ -446,19 +451,8 @@ class _Run:
             image = _picture(self.fit.content(self.fit.picture(image)))
         whole = visible.copy()
         whole[self.way_back.inside] |= self.way_back.to_box(probability) > 0.5
-        hidden = coding.picture(planes)
-        completed = None if hidden is None else self.completed(hidden, image, visible, whole)
-        return replace(self.answer(whole, spread), completed=completed)
-
-    def completed(self, hidden: Array, image: Picture, visible: Mask, whole: Mask) -> Picture:
-        """The model's object [3, h', w'] under the picture [H, W, 3] where that is `visible`, RGBA [H, W, 4]."""
-        fit = self.way_back
-        painted = np.full((*fit.source, 4), UNSEEN, np.uint8)
-        for channel, plane in enumerate(hidden):
-            painted[*fit.inside, channel] = _levels(fit.to_box(plane))
-            np.copyto(painted[..., channel], image[..., channel], where=visible)
-        painted[..., 3] = whole * np.uint8(255)
-        return painted
+        painting = partial(_painted, coding, planes, self.way_back, image, visible, whole)
+        return replace(self.answer(whole, spread), painting=painting)
 
     @cached_property
     def way_back(self) -> Fit:
@@ -475,6 +469,22 @@ class _Run:
     def answer(self, prediction: Array | Mask, uncertainty: Array | None) -> Answer:
         options, card = self.options, self.card
         return Answer(self.inputs.task, prediction, uncertainty, None, options, card.name, card.digest)
+
+
+def _painted(
+    coding: AmodalCoding, planes: Array, fit: Fit, image: Picture, visible: Mask, whole: Mask
+) -> Picture | None:
+    """The members' object [N, K, h', w'] under the picture [H, W, 3] where that is `visible`, RGBA [H, W, 4]; None:
+    they show none."""
+    hidden = coding.picture(planes)
+    if hidden is None:
+        return None
+    painted = np.full((*fit.source, 4), UNSEEN, np.uint8)
+    for channel, plane in enumerate(hidden):
+        painted[*fit.inside, channel] = _levels(fit.to_box(plane))
+        np.copyto(painted[..., channel], image[..., channel], where=visible)
+    painted[..., 3] = whole * np.uint8(255)
+    return painted
 
 
 def _picture(planes: Array) -> Picture:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import numpy as np
 import onnx
@@ -22,7 +25,7 @@ from saccade.errors import BackendUnavailable, InvalidInput, ModelError
 from saccade.fit import context_box
 from saccade.pipeline import Answer, Inputs, Options, Pipeline
 from saccade.repository import Repository, sha256
-from saccade.tasks import TaskName
+from saccade.tasks import AmodalCoding, TaskName
 from tests import toy
 from tests.backends.recorder import Recorder
 from tests.backends.transformer import transformer
@@ -341,6 +344,19 @@ def test_a_backend_that_is_away_is_one_plain_error(toy_repository: Path) -> None
     with pytest.raises(BackendUnavailable, match="draining") as caught:
         run(answer(backend, inputs("depth"), ensemble_size=3))
     assert caught.value.retry_after_s == 7
+
+
+def test_an_object_is_painted_when_somebody_looks_and_needs_no_model_then(toy_repository: Path) -> None:
+    backend = load(toy_repository, "onnxruntime", "fp32")
+    with patch.object(AmodalCoding, "picture", side_effect=AmodalCoding.picture, autospec=True) as paint:
+        found = run(answer(backend, inputs("amodal")))
+        left = weakref.ref(backend)
+        del backend
+        gc.collect()
+        assert left() is None
+        assert paint.call_count == 0
+        assert found.completed is found.completed is not None
+        assert paint.call_count == 1
 
 
 @pytest.mark.parametrize("match_input_resolution", [True, False])

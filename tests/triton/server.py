@@ -188,12 +188,16 @@ class TritonServer:
 
     def stop(self) -> int:
         """SIGTERM: drain and end."""
-        self._process.send_signal(signal.SIGTERM)
-        return self._process.wait(PATIENCE_S)
+        self.terminate()
+        return self.wait()
 
     def terminate(self) -> None:
         """SIGTERM, not waiting."""
         self._process.send_signal(signal.SIGTERM)
+
+    def wait(self) -> int:
+        """For its end."""
+        return self._process.wait(PATIENCE_S)
 
     def freeze(self) -> None:
         """The server alone: models' processes that slept with it may be taken for dead when it wakes, by a Python
@@ -313,7 +317,7 @@ class Tritons:
         for server in self._servers.values():
             server.terminate()
         for server in self._servers.values():
-            server.stop()
+            server.wait()
         return [name for server in self._servers.values() for name in server.shared_memory()]
 
 
