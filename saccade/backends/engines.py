@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -137,10 +138,8 @@ class OpenVino:
 
 
 class _Source:
-    """A graph's file, and how it is compiled. It knows nothing of those who hold what it makes: in a cycle they would
-    go when the garbage collector comes by, in any thread, and OpenVINO's plugin must go in the thread that it came in:
-    it leaves that thread without a stack for its signals otherwise, and the next signal ends the process.
-    """
+    """A graph's file, and how it is compiled. It knows nothing of those who hold what it makes: in a cycle that would
+    keep its memory until the garbage collector comes by."""
 
     def __init__(self, file: Path, precision: str, threads: int, streams: int) -> None:
         self._file, self._precision, self._threads, self._streams = file, precision, threads, streams
@@ -163,7 +162,16 @@ class _Source:
         return model
 
     def requests(self, model: Any) -> list[Any]:
-        """One for each stream of the compiled model."""
+        """One for each stream of the compiled model.
+
+        OpenVINO's plugin gives the thread that it is made in another stack for signals, and frees that when it goes. If
+        it goes in another thread, or before one that was made earlier, the first thread is left with what was freed,
+        and its next signal ends the process. So it is made in a thread that ends here.
+        """
+        with ThreadPoolExecutor(1) as own:
+            return own.submit(self._compile, model).result()
+
+    def _compile(self, model: Any) -> list[Any]:
         properties = openvino_properties(self._threads, self._streams)
         compiled = _openvino().Core().compile_model(model, "CPU", properties)
         return [compiled.create_infer_request() for _ in range(self._streams)]

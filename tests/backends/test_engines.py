@@ -416,6 +416,26 @@ def test_files_that_changed_are_not_compiled_anew(tmp_path: Path) -> None:
         opened.specialise({"image": (1, 3, 16, 16)})
 
 
+OPENED = """
+import os, signal, sys, threading
+from pathlib import Path
+from saccade.backends.engines import open_engine
+signal.signal(signal.SIGTERM, lambda *_: print("told"))
+opened = [open_engine(Path(sys.argv[1]), "openvino", "fp32", 1) for _ in range(2)]
+"""
+
+
+@pytest.mark.parametrize(
+    "left",
+    ["del opened[0]; opened.clear()", "way = threading.Thread(target=opened.clear); way.start(); way.join()"],
+    ids=["first come, first gone", "in another thread"],
+)
+def test_signals_come_through_after_a_graph_is_gone(dense: Path, left: str) -> None:
+    code = f"{OPENED}{left}\nos.kill(os.getpid(), signal.SIGTERM)"
+    ran = subprocess.run([sys.executable, "-c", code, str(dense)], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (0, "told\n"), ran.stderr
+
+
 def test_openvino_tells_nobody_that_it_runs() -> None:
     code = (
         "import sys, threading; from saccade.backends.engines import _openvino; _openvino().Core();"
