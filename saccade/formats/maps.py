@@ -24,7 +24,7 @@ MAX_NPY_HEADER = 1024
 
 _UP = 2  # the filter type of PNG (ISO 15948, 9.2)
 # ISA-L's levels 0 to 2 hash an address of the thread's stack as if it were the input's third to sixth byte
-# (write_first_byte in its assembly), so that about one stack in 4,000 gives other bytes. Level 3 has code of its own.
+# (write_first_byte in its assembly), so that a stack in some thousands gives other bytes. Level 3 has code of its own.
 _LEVEL = 3
 _COLOURS = {1: 0, 3: 2, 4: 6}
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -51,8 +51,8 @@ def write_png(levels: Levels) -> bytes:
     """[H, W] grey, [H, W, 3] RGB or [H, W, 4] RGBA, uint8 or uint16, to a PNG of just those bits.
 
     Every line is stored as its difference to the one above: on maps that comes as small as Pillow's search for the best
-    filter. ISA-L deflates it about twice as fast as zlib's fastest, to as many bytes. The same levels give the same
-    bytes in every thread and process. Raises ValueError for others.
+    filter. ISA-L deflates it about twice as fast as zlib's fastest, to as many bytes. On one machine the same
+    levels give the same bytes in every thread and process. Raises ValueError for others.
     """
     kinds = ((), (3,), (4,)) if levels.ndim > 1 else ()
     if levels.dtype not in (np.uint8, np.uint16) or 0 in levels.shape or levels.shape[2:] not in kinds:
